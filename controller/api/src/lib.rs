@@ -1,0 +1,1 @@
+//! CRD types of the group tiffany.dev, without a client.

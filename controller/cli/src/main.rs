@@ -1,0 +1,3 @@
+//! The user's commands: far and kubectl-far.
+
+fn main() {}

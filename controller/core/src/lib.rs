@@ -1,0 +1,1 @@
+//! Pure placement and lifecycle decisions: no kube, no tokio, no clock.

@@ -1,0 +1,3 @@
+//! Kubernetes controller for FarAgents: placement, lifecycle, node registry, CA, status.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The agent runtime that the guest execs.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Reproducible guest images: kernel, initramfs, OCI layouts.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Node agent of a blade: ledger, microVM supervisor, control streams, logs, node API.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Benches: ours and the peers interleaved in one run.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Harness for real daemons and microVMs in tests.
