@@ -2,6 +2,8 @@
 //!
 //! Wire types stop at the edge: a crate converts them to its own types where they arrive.
 #![forbid(unsafe_code)]
+// The generated modules nest as the packages do, and are re-exported under short names.
+#![allow(unreachable_pub)]
 // Generated code: its comments come from the .proto files and its shape from prost.
 #![allow(clippy::doc_lazy_continuation, clippy::large_enum_variant, clippy::doc_markdown)]
 
