@@ -7,12 +7,17 @@ use std::{fs, io, io::Write, process, thread, time::Duration};
 /// # Errors
 /// A sentence: what could not be done, or that the verb is unknown.
 pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
+    if matches!(verb, "power-off" | "sysrq" | "eat-memory" | "kill-init") {
+        only_in_a_guest()?;
+    }
     match verb {
         "out" => writeln!(io::stdout(), "{value}").map_err(text),
         "err" => writeln!(io::stderr(), "{value}").map_err(text),
         "flood" => flood(number(value)?),
         "env" => writeln!(io::stdout(), "{value}={}", std::env::var(value).unwrap_or_default()).map_err(text),
-        "cat" => fs::read(value).and_then(|bytes| io::stdout().write_all(&bytes)).map_err(text),
+        "cat" => fs::read(value)
+            .and_then(|bytes| io::stdout().write_all(&bytes))
+            .map_err(text),
         "stat" => stat(value),
         "count-to" => count(number(value)?),
         "sleep" => {
@@ -31,6 +36,15 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         "kill-init" => kill_init(),
         _ => Err("unknown step".into()),
     }
+}
+
+/// Steps that would hurt a real machine look first where they are: only our guests boot with `rdinit=/init`.
+fn only_in_a_guest() -> Result<(), String> {
+    let cmdline = fs::read_to_string("/proc/cmdline").map_err(text)?;
+    if cmdline.split_whitespace().any(|word| word == "rdinit=/init") {
+        return Ok(());
+    }
+    Err("refused: this is not a FAR guest (no rdinit=/init on the kernel command line)".into())
 }
 
 fn text(error: impl ToString) -> String {
@@ -66,13 +80,24 @@ fn count(last: u64) -> Result<(), String> {
 fn stat(path: &str) -> Result<(), String> {
     use std::os::unix::fs::MetadataExt;
     let meta = fs::metadata(path).map_err(text)?;
-    writeln!(io::stdout(), "{path} mode={:o} uid={} size={}", meta.mode() & 0o7777, meta.uid(), meta.len()).map_err(text)
+    writeln!(
+        io::stdout(),
+        "{path} mode={:o} uid={} size={}",
+        meta.mode() & 0o7777,
+        meta.uid(),
+        meta.len()
+    )
+    .map_err(text)
 }
 
 /// A grandchild that keeps stdout open and outlives its parent.
 fn orphan(millis: u64) -> Result<(), String> {
     let program = std::env::current_exe().map_err(text)?;
-    process::Command::new(&program).arg(format!("sleep={millis}")).spawn().map(drop).map_err(text)
+    process::Command::new(&program)
+        .arg(format!("sleep={millis}"))
+        .spawn()
+        .map(drop)
+        .map_err(text)
 }
 
 fn eat_memory() -> Result<(), String> {
@@ -89,13 +114,21 @@ fn eat_memory() -> Result<(), String> {
 fn kill_self(signal: u64) -> Result<(), String> {
     let signal = i32::try_from(signal).map_err(text)?;
     // SAFETY: raise takes a number and touches no memory of ours.
-    if unsafe { libc::raise(signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error().to_string()) }
+    if unsafe { libc::raise(signal) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error().to_string())
+    }
 }
 
 fn ignore_term() -> Result<(), String> {
     // SAFETY: SIG_IGN installs no handler, so no code of ours runs in signal context.
     let before = unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
-    if before == libc::SIG_ERR { Err(io::Error::last_os_error().to_string()) } else { Ok(()) }
+    if before == libc::SIG_ERR {
+        Err(io::Error::last_os_error().to_string())
+    } else {
+        Ok(())
+    }
 }
 
 /// Ends the whole VM without a word, as a guest may: no exit report can follow.
@@ -107,5 +140,9 @@ fn power_off() -> Result<(), String> {
 
 fn kill_init() -> Result<(), String> {
     // SAFETY: kill takes two numbers and touches no memory of ours.
-    if unsafe { libc::kill(1, libc::SIGKILL) } == 0 { Ok(()) } else { Err(io::Error::last_os_error().to_string()) }
+    if unsafe { libc::kill(1, libc::SIGKILL) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error().to_string())
+    }
 }
