@@ -63,7 +63,6 @@ fn one_gibibyte_of_output_neither_fills_nor_stalls_the_blade() {
 #[test]
 fn a_guest_that_never_says_hello_is_a_boot_timeout() {
     const TEST: &str = "a_guest_that_never_says_hello_is_a_boot_timeout";
-    // A kit whose init is the payload program, which as PID 1 with no arguments does nothing and is not far-init.
     let kit = match silent_kit() {
         Ok(kit) => kit,
         Err(missing) => return far_testkit::skip(TEST, &missing),
@@ -90,8 +89,7 @@ fn a_guest_that_never_says_hello_is_a_boot_timeout() {
     far.stop();
 }
 
-/// A boot kit whose initramfs has no init at all and whose kernel waits for ever instead: `rdinit` is a program that
-/// only sleeps.
+/// A boot kit whose init only waits.
 fn silent_kit() -> Result<tempfile::TempDir, String> {
     let good = far_testkit::find::boot_kit()?;
     let kit = tempfile::tempdir().map_err(|error| error.to_string())?;

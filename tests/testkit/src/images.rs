@@ -53,8 +53,7 @@ fn payload_program() -> Result<PathBuf, String> {
     }
 }
 
-/// An initramfs whose init never speaks: the payload program, which as PID 1 gets the kernel's own words as steps,
-/// knows none of them and is made to sleep by the last one.
+/// An initramfs whose init never speaks: the payload program, which as PID 1 only waits.
 ///
 /// # Errors
 /// What is missing on this machine.
