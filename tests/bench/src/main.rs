@@ -1,3 +1,38 @@
-//! Benches: ours and the peers interleaved in one run.
+//! Benches: ours and the peers interleaved in one run, on the real binaries. `make bench` runs them; nothing here is a
+//! test, and no test has a time in it.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod cpu;
+mod report;
+mod skeleton;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Measures Tinkerbell FAR against the nearest plain thing, in one run.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+    /// How often each side runs, in turn.
+    #[arg(long, default_value_t = 3, global = true)]
+    rounds: usize,
+    /// Where `<bench>.json` is written.
+    #[arg(long, default_value = "target/bench", global = true)]
+    out: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Boot, one whole agent, placement.
+    Skeleton,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    match arguments.bench {
+        Bench::Skeleton => report::publish("skeleton", &arguments.out, &skeleton::rows(arguments.rounds)?),
+    }
+}
