@@ -1,3 +1,58 @@
-//! PID 1 of the guest.
+//! PID 1 of the guest: brings the machine up, asks the blade what to run, runs it, and reports how it ended.
+//!
+//! ```text
+//! claim the place -> mounts -> modules -> root file system -> session (connect, config, payload, exit, ack) -> reboot
+//! ```
+//!
+//! Single-threaded: one `poll` serves the control stream, the payload's pipes and the death of children. Nothing outside
+//! may panic it, because the kernel panics when PID 1 ends; see [`power`] for the last word.
 
-fn main() {}
+mod boot;
+mod cgroup;
+mod control;
+mod files;
+mod logs;
+mod modules;
+mod mounts;
+mod network;
+mod payload;
+mod place;
+mod plan;
+mod power;
+mod reap;
+mod rootfs;
+mod session;
+mod sys;
+mod users;
+
+use boot::BootReport;
+use place::Place;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let place = match Place::claim(std::env::args_os().skip(1)) {
+        Ok(place) => place,
+        Err(refusal) => {
+            eprintln!("far-init: {refusal}");
+            return ExitCode::from(2);
+        }
+    };
+    power::install_last_word(place.is_guest());
+    let end = run(&place);
+    power::leave(&place, end)
+}
+
+fn run(place: &Place) -> Result<(), power::Fatal> {
+    let mut boot = BootReport::new();
+    boot.done("init");
+    mounts::mount_base(place, &mut boot)?;
+    power::open_console(place);
+    boot.done("mounts");
+    modules::load_listed(place, &mut boot);
+    boot.done("modules");
+    let root = rootfs::assemble(place, &mut boot);
+    let cgroup = cgroup::Cgroup::create(place, &mut boot);
+    network::raise_loopback(place, &mut boot);
+    boot.done("rootfs");
+    session::Session::new(place, boot, root, cgroup)?.run()
+}

@@ -1,0 +1,267 @@
+//! One connection at a time to the blade, dialled again whenever it is lost.
+//!
+//! ```text
+//! Down(retry at) -> Connecting -> Up -> Down …      backoff 20 ms … 1 s, back to 20 ms after a Welcome
+//! ```
+//! Everything is non-blocking: the session polls [`Link::interest`] and calls [`Link::advance`].
+
+use crate::place::Place;
+use far_proto::{
+    frame::{self, Decoder, FrameError},
+    guest::{GuestMessage, HostMessage},
+};
+use nix::{
+    errno::Errno,
+    poll::PollFlags,
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, connect, getsockopt, socket, sockopt,
+    },
+};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+/// The host's context id, vsock(7).
+const HOST_CID: u32 = 2;
+const FIRST_BACKOFF: Duration = Duration::from_millis(20);
+const LAST_BACKOFF: Duration = Duration::from_secs(1);
+/// How long a host may take from accepting to Welcome. Generous: blades may be busy.
+const WELCOME_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes read at once.
+const READ_SIZE: usize = 64 << 10;
+/// More than this waiting to be written: nothing is added until the host reads. One frame may lie on top.
+const OUT_LIMIT: usize = 128 << 10;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    #[error("connecting to the blade")]
+    Connect(#[source] Errno),
+    #[error("the blade closed the control stream")]
+    Closed,
+    #[error("control stream")]
+    Io(#[from] io::Error),
+    #[error("control stream")]
+    Frame(#[from] FrameError),
+    #[error("the blade did not answer Hello within {} s", WELCOME_LIMIT.as_secs())]
+    NoWelcome,
+}
+
+enum Endpoint {
+    Vsock,
+    /// Tests: `control.sock` in the test root.
+    Unix(PathBuf),
+}
+
+enum State {
+    Down { retry_at: Instant },
+    Connecting { fd: OwnedFd },
+    Up(Box<Up>),
+}
+
+struct Up {
+    fd: OwnedFd,
+    decoder: Decoder,
+    out: Vec<u8>,
+    written: usize,
+    welcome_by: Option<Instant>,
+}
+
+/// What [`Link::advance`] found.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    Nothing,
+    /// A new connection: say Hello.
+    Connected,
+    /// Messages may be waiting: call [`Link::receive`].
+    Readable,
+    Lost(LinkError),
+}
+
+/// The connection to the blade.
+pub(crate) struct Link {
+    endpoint: Endpoint,
+    state: State,
+    backoff: Duration,
+}
+
+impl Link {
+    pub(crate) fn new(place: &Place, now: Instant) -> Self {
+        let endpoint = match place {
+            Place::Guest => Endpoint::Vsock,
+            Place::TestRoot(_) => Endpoint::Unix(place.at("/control.sock")),
+        };
+        Self {
+            endpoint,
+            state: State::Down { retry_at: now },
+            backoff: FIRST_BACKOFF,
+        }
+    }
+
+    /// What to poll for.
+    pub(crate) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        match &self.state {
+            State::Down { .. } => None,
+            State::Connecting { fd } => Some((fd.as_fd(), PollFlags::POLLOUT)),
+            State::Up(up) => {
+                let out = if up.written < up.out.len() {
+                    PollFlags::POLLOUT
+                } else {
+                    PollFlags::empty()
+                };
+                Some((up.fd.as_fd(), PollFlags::POLLIN | out))
+            }
+        }
+    }
+
+    /// When to call [`Self::advance`] even without an event.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Down { retry_at } => Some(*retry_at),
+            State::Connecting { .. } => None,
+            State::Up(up) => up.welcome_by,
+        }
+    }
+
+    /// Dials, finishes a dial, or notes that bytes are there. `events` is what poll said about [`Self::interest`].
+    pub(crate) fn advance(&mut self, events: PollFlags, now: Instant) -> Progress {
+        match &mut self.state {
+            State::Down { retry_at } if *retry_at > now => Progress::Nothing,
+            State::Down { .. } => match dial(&self.endpoint) {
+                Ok((fd, true)) => self.connected(fd, now),
+                Ok((fd, false)) => {
+                    self.state = State::Connecting { fd };
+                    Progress::Nothing
+                }
+                Err(error) => Progress::Lost(LinkError::Connect(error)),
+            },
+            State::Connecting { fd } => {
+                if events.is_empty() {
+                    return Progress::Nothing;
+                }
+                match getsockopt(fd, sockopt::SocketError) {
+                    Ok(0) => match fd.try_clone() {
+                        Ok(fd) => self.connected(fd, now),
+                        Err(error) => Progress::Lost(error.into()),
+                    },
+                    Ok(code) => Progress::Lost(LinkError::Connect(Errno::from_raw(code))),
+                    Err(error) => Progress::Lost(LinkError::Connect(error)),
+                }
+            }
+            State::Up(up) => {
+                if up.welcome_by.is_some_and(|limit| limit <= now) {
+                    return Progress::Lost(LinkError::NoWelcome);
+                }
+                if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+                    return Progress::Readable;
+                }
+                Progress::Nothing
+            }
+        }
+    }
+
+    fn connected(&mut self, fd: OwnedFd, now: Instant) -> Progress {
+        self.state = State::Up(Box::new(Up {
+            fd,
+            decoder: Decoder::new(),
+            out: Vec::new(),
+            written: 0,
+            welcome_by: Some(now + WELCOME_LIMIT),
+        }));
+        Progress::Connected
+    }
+
+    /// The host said Welcome: the connection is good.
+    pub(crate) fn welcomed(&mut self) {
+        self.backoff = FIRST_BACKOFF;
+        if let State::Up(up) = &mut self.state {
+            up.welcome_by = None;
+        }
+    }
+
+    /// Drops the connection, if any, and dials again after the backoff.
+    pub(crate) fn hang_up(&mut self, now: Instant) {
+        self.state = State::Down {
+            retry_at: now + self.backoff,
+        };
+        self.backoff = (self.backoff * 2).min(LAST_BACKOFF);
+    }
+
+    /// Whether another message may be queued.
+    pub(crate) fn has_room(&self) -> bool {
+        matches!(&self.state, State::Up(up) if up.out.len() - up.written < OUT_LIMIT)
+    }
+
+    /// Queues a message; without a connection it is dropped, because every connection starts with the whole truth.
+    pub(crate) fn queue(&mut self, message: &GuestMessage) {
+        if let State::Up(up) = &mut self.state {
+            frame::encode(message, &mut up.out);
+        }
+    }
+
+    /// Writes what the socket takes.
+    pub(crate) fn flush(&mut self) -> Result<(), LinkError> {
+        let State::Up(up) = &mut self.state else { return Ok(()) };
+        while up.written < up.out.len() {
+            match nix::unistd::write(&up.fd, &up.out[up.written..]) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(count) => up.written += count,
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+        up.out.drain(..up.written);
+        up.written = 0;
+        Ok(())
+    }
+
+    /// Reads once and gives the messages that are whole. A full read is followed by another poll, so that one side
+    /// never starves the other.
+    pub(crate) fn read(&mut self) -> Result<(), LinkError> {
+        let State::Up(up) = &mut self.state else { return Ok(()) };
+        let mut buffer = vec![0; READ_SIZE];
+        match nix::unistd::read(&up.fd, &mut buffer) {
+            Ok(0) => Err(LinkError::Closed),
+            Ok(count) => {
+                up.decoder.push(&buffer[..count]);
+                Ok(())
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// The next message that came whole.
+    pub(crate) fn receive(&mut self) -> Result<Option<HostMessage>, LinkError> {
+        match &mut self.state {
+            State::Up(up) => Ok(up.decoder.next()?),
+            State::Down { .. } | State::Connecting { .. } => Ok(None),
+        }
+    }
+}
+
+/// Starts a connection; `true`: it is there already.
+fn dial(endpoint: &Endpoint) -> Result<(OwnedFd, bool), Errno> {
+    match endpoint {
+        Endpoint::Vsock => dial_to(AddressFamily::Vsock, &VsockAddr::new(HOST_CID, frame::CONTROL_PORT)),
+        Endpoint::Unix(path) => dial_to(AddressFamily::Unix, &UnixAddr::new(path)?),
+    }
+}
+
+fn dial_to(family: AddressFamily, address: &dyn SockaddrLike) -> Result<(OwnedFd, bool), Errno> {
+    let fd = socket(
+        family,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    match connect(fd.as_raw_fd(), address) {
+        Ok(()) => Ok((fd, true)),
+        Err(Errno::EINPROGRESS) => Ok((fd, false)),
+        Err(error) => Err(error),
+    }
+}

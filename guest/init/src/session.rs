@@ -1,0 +1,649 @@
+//! The guest's life after boot: one loop over the control stream, the payload's pipes and the death of children.
+//!
+//! ```text
+//! Waiting --Config, FileChunk*, Start--> Running --main process ended, rest killed, pipes drained--> Exited --ExitAck--> done
+//!    \-- configuration or start failed, or Shutdown -------------------------------------------------^
+//! ```
+//! The connection may come and go in every state: after each Welcome the guest says again what the host may not know
+//! (Ready, unacknowledged logs, Exit), and the host drops what it has.
+//! Invariant: the payload is started at most once per boot.
+
+use crate::{
+    boot::{self, BootReport},
+    cgroup::{self, Cgroup},
+    control::{
+        connection::{Link, Progress},
+        outbox::{Channel, Outbox, OutboxError},
+    },
+    files::Uploads,
+    logs::Pipes,
+    network,
+    payload::{self, NOT_EXECUTABLE},
+    place::Place,
+    plan::Plan,
+    power::{self, Fatal, with_sources},
+    reap::Reaper,
+    rootfs::{Root, RootError},
+    sys::{self, Ended, How},
+};
+use far_proto::{
+    frame::GENERATION,
+    guest::{
+        self, Config, Exit, FileChunk, GuestMessage, Heartbeat, Hello, HostMessage, Ready, Stage, Welcome, exit,
+        guest_message::Kind as Say, host_message::Kind as Heard,
+    },
+};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::time::TimeSpec,
+    time::{ClockId, clock_settime},
+    unistd::Pid,
+};
+use std::{
+    fs::{self, File},
+    io::Read,
+    time::{Duration, Instant},
+};
+
+/// How long an exit report waits for a host that is silent. Then the VM ends and the blade shows what it knows.
+const GIVE_UP_MINUTES: u64 = 10;
+/// Range of the heartbeat interval, ms (the contract's limits).
+const HEARTBEAT_MS: (u32, u32) = (100, 60_000);
+/// Longest `start_error`, bytes.
+const MAX_START_ERROR: usize = 1024;
+
+enum State {
+    Waiting { offer: Option<Offer> },
+    Running(Box<Running>),
+    Exited(Box<Exit>),
+}
+
+/// A configuration whose files are on their way. Belongs to one connection.
+struct Offer {
+    plan: Box<Plan>,
+    uploads: Uploads,
+}
+
+struct Running {
+    pid: Pid,
+    pipes: Pipes,
+    ended: Option<(Ended, u64)>,
+    stop: Option<Stop>,
+}
+
+/// A stop that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stop {
+    kill_at: Instant,
+    killed: bool,
+}
+
+/// What the host said that it must not say; the connection ends, and the next one starts over.
+#[derive(Debug, thiserror::Error)]
+enum Misuse {
+    #[error("the blade spoke before Welcome")]
+    BeforeWelcome,
+    #[error("the blade said Welcome twice")]
+    WelcomeTwice,
+    #[error("the blade speaks generation {0}, this guest {GENERATION}")]
+    Generation(u32),
+    #[error("the blade sent Config twice")]
+    ConfigTwice,
+    #[error("the blade sent files or Start without Config")]
+    NoConfig,
+    #[error(transparent)]
+    Logs(#[from] OutboxError),
+}
+
+/// What was said on this connection.
+#[derive(Default)]
+struct Said {
+    welcomed: bool,
+    ready: bool,
+    exit: bool,
+    heartbeat: Option<Beat>,
+}
+
+#[derive(Clone, Copy)]
+struct Beat {
+    every: Duration,
+    next: Instant,
+}
+
+pub(crate) struct Session<'a> {
+    place: &'a Place,
+    boot: BootReport,
+    root: Result<Root, RootError>,
+    cgroup: Option<Cgroup>,
+    reaper: Reaper,
+    nonce: Vec<u8>,
+    link: Link,
+    said: Said,
+    outbox: Outbox,
+    state: State,
+    ready: Option<Ready>,
+    heartbeats: u64,
+    last_heard: Instant,
+    done: bool,
+}
+
+impl<'a> Session<'a> {
+    /// # Errors
+    /// When children cannot be watched or no nonce can be drawn.
+    pub(crate) fn new(
+        place: &'a Place,
+        boot: BootReport,
+        root: Result<Root, RootError>,
+        cgroup: Option<Cgroup>,
+    ) -> Result<Self, Fatal> {
+        let now = Instant::now();
+        let mut nonce = vec![0; 16];
+        File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut nonce))
+            .map_err(Fatal::Nonce)?;
+        if let Err(error) = &root {
+            power::say(&with_sources(error));
+        }
+        Ok(Self {
+            place,
+            boot,
+            root,
+            cgroup,
+            reaper: Reaper::new().map_err(Fatal::Signals)?,
+            nonce,
+            link: Link::new(place, now),
+            said: Said::default(),
+            outbox: Outbox::new(),
+            state: State::Waiting { offer: None },
+            ready: None,
+            heartbeats: 0,
+            last_heard: now,
+            done: false,
+        })
+    }
+
+    /// Serves until the exit report is acknowledged.
+    ///
+    /// # Errors
+    /// [`Fatal`] when poll fails, or when no host came for the exit report.
+    pub(crate) fn run(mut self) -> Result<(), Fatal> {
+        while !self.done {
+            let now = Instant::now();
+            self.keep_time(now)?;
+            self.speak(now);
+            if let Err(error) = self.link.flush() {
+                self.lose(&error, now);
+            }
+            self.wait(now)?;
+        }
+        Ok(())
+    }
+
+    /// One poll, and everything that it found.
+    fn wait(&mut self, now: Instant) -> Result<(), Fatal> {
+        let timeout = self.next_deadline(now).map_or(PollTimeout::NONE, |at| {
+            // Rounded up: a timer is never early, so it never spins.
+            let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
+            PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = vec![PollFd::new(self.reaper.fd(), PollFlags::POLLIN)];
+        let link_at = self.link.interest().map(|(fd, flags)| {
+            fds.push(PollFd::new(fd, flags));
+            fds.len() - 1
+        });
+        let mut pipes_at = [None; 2];
+        if let State::Running(running) = &self.state {
+            for channel in Channel::BOTH {
+                pipes_at[channel as usize] = running.pipes.interest(channel, &self.outbox).map(|fd| {
+                    fds.push(PollFd::new(fd, PollFlags::POLLIN));
+                    fds.len() - 1
+                });
+            }
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(Fatal::Poll(error.into())),
+        }
+        let found = |at: Option<usize>| at.and_then(|at| fds[at].revents()).unwrap_or(PollFlags::empty());
+        let (children, link) = (found(Some(0)), found(link_at));
+        let pipes = pipes_at.map(found);
+        self.act(children, link, pipes)
+    }
+
+    fn act(&mut self, children: PollFlags, link: PollFlags, pipes: [PollFlags; 2]) -> Result<(), Fatal> {
+        let now = Instant::now();
+        if !children.is_empty() {
+            self.collect_children()?;
+        }
+        if let State::Running(running) = &mut self.state {
+            for channel in Channel::BOTH {
+                if !pipes[channel as usize].is_empty() {
+                    running.pipes.read(channel, &mut self.outbox);
+                }
+            }
+        }
+        self.conclude();
+        match self.link.advance(link, now) {
+            Progress::Nothing => {}
+            Progress::Connected => self.greet(),
+            Progress::Readable => self.listen(now),
+            Progress::Lost(error) => self.lose(&error, now),
+        }
+        Ok(())
+    }
+
+    // ---- time
+
+    fn next_deadline(&self, now: Instant) -> Option<Instant> {
+        let beat = self
+            .said
+            .heartbeat
+            .filter(|_| self.link.has_room())
+            .map(|beat| beat.next);
+        let state = match &self.state {
+            State::Waiting { .. } => None,
+            State::Running(running) => running.stop.filter(|stop| !stop.killed).map(|stop| stop.kill_at),
+            State::Exited(_) => Some(self.give_up_at()),
+        };
+        [self.link.deadline(), beat, state]
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|at| at.max(now))
+    }
+
+    fn give_up_at(&self) -> Instant {
+        self.last_heard + Duration::from_secs(GIVE_UP_MINUTES * 60)
+    }
+
+    fn keep_time(&mut self, now: Instant) -> Result<(), Fatal> {
+        match &mut self.state {
+            State::Waiting { .. } => {}
+            State::Running(running) => {
+                if let Some(stop) = &mut running.stop {
+                    if !stop.killed && stop.kill_at <= now {
+                        stop.killed = true;
+                        kill_everything();
+                    }
+                }
+            }
+            State::Exited(_) => {
+                if self.give_up_at() <= now {
+                    return Err(Fatal::NoHost {
+                        minutes: GIVE_UP_MINUTES,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // ---- children
+
+    fn collect_children(&mut self) -> Result<(), Fatal> {
+        let main = match &self.state {
+            State::Running(running) if running.ended.is_none() => Some(running.pid),
+            State::Running(_) | State::Waiting { .. } | State::Exited(_) => None,
+        };
+        let ended = self.reaper.collect(main).map_err(Fatal::Signals)?;
+        if let (Some(ended), State::Running(running)) = (ended, &mut self.state) {
+            running.ended = Some((ended, boot::wall_ns()));
+            // Orphans may hold the pipes open for ever: the agent is its main process.
+            kill_everything();
+        }
+        Ok(())
+    }
+
+    /// Running -> Exited, when the main process ended and every byte it wrote was read.
+    fn conclude(&mut self) {
+        let State::Running(running) = &self.state else { return };
+        let Some((ended, finished_unix_ns)) = running.ended.filter(|_| running.pipes.are_drained()) else {
+            return;
+        };
+        let [last_stdout_seq, last_stderr_seq] = self.outbox.last();
+        let (how, core_dumped) = match ended.how {
+            How::Exited { code } => (exit::How::Code(code), false),
+            How::Signaled { signal, core_dumped } => (exit::How::Signal(signal), core_dumped),
+        };
+        self.exit(Exit {
+            how: Some(how),
+            core_dumped,
+            oom_killed: self.cgroup.as_ref().is_some_and(Cgroup::was_oom_killed),
+            start_error: String::new(),
+            user_us: ended.user_us,
+            system_us: ended.system_us,
+            max_rss_kib: ended.max_rss_kib,
+            finished_unix_ns,
+            last_stdout_seq,
+            last_stderr_seq,
+        });
+    }
+
+    /// The payload never ran.
+    fn fail(&mut self, code: u32, text: String) {
+        let start_error = boot::shortened(text, MAX_START_ERROR);
+        power::say(&start_error);
+        self.exit(Exit {
+            how: Some(exit::How::Code(code)),
+            start_error,
+            finished_unix_ns: boot::wall_ns(),
+            ..Exit::default()
+        });
+    }
+
+    fn exit(&mut self, exit: Exit) {
+        self.last_heard = Instant::now();
+        self.state = State::Exited(Box::new(exit));
+    }
+
+    // ---- speaking
+
+    fn greet(&mut self) {
+        self.boot.done("connect");
+        self.said = Said::default();
+        let stage = match &self.state {
+            State::Waiting { .. } => Stage::WaitingForConfig,
+            State::Running(_) => Stage::Running,
+            State::Exited(_) => Stage::Exited,
+        };
+        self.link.queue(&message(Say::Hello(Hello {
+            lowest_generation: GENERATION,
+            highest_generation: GENERATION,
+            boot_nonce: self.nonce.clone(),
+            init_version: env!("CARGO_PKG_VERSION").into(),
+            stage: stage.into(),
+            boot_ns: boot::boot_ns(),
+        })));
+    }
+
+    /// Queues what this connection was not told yet, as far as there is room.
+    fn speak(&mut self, now: Instant) {
+        if !self.said.welcomed {
+            return;
+        }
+        if let Some(ready) = self.ready.as_ref().filter(|_| !self.said.ready) {
+            self.link.queue(&message(Say::Ready(ready.clone())));
+            self.said.ready = true;
+        }
+        if let Some(beat) = self
+            .said
+            .heartbeat
+            .filter(|beat| beat.next <= now && self.link.has_room())
+        {
+            let heartbeat = self.heartbeat();
+            self.link.queue(&message(Say::Heartbeat(heartbeat)));
+            self.said.heartbeat = Some(Beat {
+                next: now + beat.every,
+                ..beat
+            });
+        }
+        let mut silent = 0;
+        for channel in Channel::BOTH.into_iter().cycle() {
+            if silent == Channel::BOTH.len() || !self.link.has_room() {
+                break;
+            }
+            match self.outbox.next(channel) {
+                Some(log) => {
+                    self.link.queue(&message(Say::Log(log)));
+                    silent = 0;
+                }
+                None => silent += 1,
+            }
+        }
+        if let State::Exited(exit) = &self.state {
+            if !self.said.exit && self.outbox.all_sent() && self.link.has_room() {
+                self.link.queue(&message(Say::Exit((**exit).clone())));
+                self.said.exit = true;
+            }
+        }
+    }
+
+    fn heartbeat(&mut self) -> Heartbeat {
+        self.heartbeats += 1;
+        let (mem_total_kib, mem_available_kib) = cgroup::memory_kib();
+        let (cpu_usage_us, processes) = self.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
+        Heartbeat {
+            seq: self.heartbeats,
+            boot_ns: boot::boot_ns(),
+            mem_total_kib,
+            mem_available_kib,
+            cpu_usage_us,
+            processes,
+        }
+    }
+
+    // ---- hearing
+
+    fn listen(&mut self, now: Instant) {
+        if let Err(error) = self.link.read() {
+            return self.lose(&error, now);
+        }
+        loop {
+            match self.link.receive() {
+                Ok(None) => return,
+                Err(error) => return self.lose(&error, now),
+                Ok(Some(HostMessage { kind: None })) => {
+                    // A kind of a later generation: not for us.
+                }
+                Ok(Some(HostMessage { kind: Some(heard) })) => {
+                    self.last_heard = now;
+                    if let Err(misuse) = self.hear(heard, now) {
+                        return self.lose(&misuse, now);
+                    }
+                }
+            }
+        }
+    }
+
+    fn lose(&mut self, error: &dyn std::error::Error, now: Instant) {
+        // Dialling in vain is ordinary while the blade restarts; the console hears of a connection that was good.
+        if self.said.welcomed {
+            power::say(&with_sources(error));
+        }
+        self.said = Said::default();
+        self.link.hang_up(now);
+        if let State::Waiting { offer } = &mut self.state {
+            *offer = None;
+        }
+    }
+
+    fn hear(&mut self, heard: Heard, now: Instant) -> Result<(), Misuse> {
+        if !self.said.welcomed && !matches!(heard, Heard::Welcome(_)) {
+            return Err(Misuse::BeforeWelcome);
+        }
+        match heard {
+            Heard::Welcome(welcome) => self.welcome(&welcome, now),
+            Heard::Config(config) => self.take_config(config),
+            Heard::FileChunk(chunk) => self.take_chunk(chunk),
+            Heard::Start(guest::Start {}) => self.start(),
+            Heard::LogAck(ack) => Ok(self.outbox.acknowledge(ack.stream, ack.seq)?),
+            Heard::ExitAck(guest::ExitAck {}) => {
+                // Only an answer to an Exit that was sent ends the VM.
+                self.done |= self.said.exit;
+                Ok(())
+            }
+            Heard::Signal(signal) => {
+                self.signal(signal.number);
+                Ok(())
+            }
+            Heard::Shutdown(shutdown) => {
+                self.shut_down(shutdown.grace_s, now);
+                Ok(())
+            }
+        }
+    }
+
+    fn welcome(&mut self, welcome: &Welcome, now: Instant) -> Result<(), Misuse> {
+        if self.said.welcomed {
+            return Err(Misuse::WelcomeTwice);
+        }
+        if welcome.generation != GENERATION {
+            return Err(Misuse::Generation(welcome.generation));
+        }
+        let stored = [welcome.stored_stdout_seq, welcome.stored_stderr_seq];
+        self.outbox.resume(stored, welcome.log_window_bytes as usize)?;
+        self.link.welcomed();
+        self.said.welcomed = true;
+        self.said.heartbeat = (welcome.heartbeat_interval_ms > 0).then(|| {
+            let ms = welcome.heartbeat_interval_ms.clamp(HEARTBEAT_MS.0, HEARTBEAT_MS.1);
+            let every = Duration::from_millis(ms.into());
+            Beat {
+                every,
+                next: now + every,
+            }
+        });
+        Ok(())
+    }
+
+    fn take_config(&mut self, config: Config) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            // The host missed what happened since its Hello; Ready or Exit tells it.
+            return Ok(());
+        };
+        if offer.is_some() {
+            return Err(Misuse::ConfigTwice);
+        }
+        match Plan::from_config(config) {
+            Ok(plan) => {
+                let uploads = Uploads::new(plan.files.clone());
+                *offer = Some(Offer {
+                    plan: Box::new(plan),
+                    uploads,
+                });
+                self.boot.done("config");
+            }
+            Err(error) => self.fail(NOT_EXECUTABLE, with_sources(&error)),
+        }
+        Ok(())
+    }
+
+    fn take_chunk(&mut self, chunk: FileChunk) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            return Ok(());
+        };
+        let offer = offer.as_mut().ok_or(Misuse::NoConfig)?;
+        if let Err(error) = offer.uploads.accept(chunk) {
+            self.fail(NOT_EXECUTABLE, with_sources(&error));
+        }
+        Ok(())
+    }
+
+    /// Start: everything between the configuration and the payload's process.
+    fn start(&mut self) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            return Ok(());
+        };
+        let Offer { plan, mut uploads } = offer.take().ok_or(Misuse::NoConfig)?;
+        if let Err((code, text)) = self.launch(&plan, &mut uploads) {
+            self.fail(code, text);
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, plan: &Plan, uploads: &mut Uploads) -> Result<(), (u32, String)> {
+        let refused = |error: &dyn std::error::Error| (NOT_EXECUTABLE, with_sources(error));
+        uploads.verify().map_err(|error| refused(&error))?;
+        self.settle(plan);
+        let root = self
+            .root
+            .as_ref()
+            .map_err(|error| (NOT_EXECUTABLE, format!("spec.image: {}", with_sources(error))))?;
+        if let Some(link) = &plan.link {
+            network::configure(self.place, link, root, &mut self.boot);
+        }
+        self.boot.done("network");
+        let failed = |error: payload::StartError| (error.code(), with_sources(&error));
+        let user = payload::identity(root, &plan.user).map_err(failed)?;
+        uploads.place(root, &user).map_err(|error| refused(&error))?;
+        let started = payload::start(self.place, plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
+        self.boot.done("spawn");
+        self.ready = Some(Ready {
+            pid: u32::try_from(started.pid.as_raw()).unwrap_or(0),
+            stages: self.boot.stages(),
+            warnings: self.boot.warnings(),
+        });
+        self.state = State::Running(Box::new(Running {
+            pid: started.pid,
+            pipes: started.pipes,
+            ended: None,
+            stop: None,
+        }));
+        Ok(())
+    }
+
+    /// Name, clock and entropy. Each has a default that works, so each failure is a warning.
+    fn settle(&mut self, plan: &Plan) {
+        if let Err(error) = nix::unistd::sethostname(&plan.hostname) {
+            self.boot.warn(format!("host name: {error}"));
+        }
+        if !self.place.is_guest() {
+            return;
+        }
+        if plan.wall_time_unix_ns > 0 {
+            let time = TimeSpec::from_duration(Duration::from_nanos(plan.wall_time_unix_ns));
+            if let Err(error) = clock_settime(ClockId::CLOCK_REALTIME, time) {
+                self.boot.warn(format!("wall clock: {error}"));
+            }
+        }
+        if !plan.entropy.is_empty() {
+            let credited = fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/urandom")
+                .and_then(|random| sys::credit_entropy(&random, &plan.entropy));
+            if let Err(error) = credited {
+                self.boot.warn(format!("entropy: {error}"));
+            }
+        }
+    }
+
+    fn signal(&self, number: u32) {
+        let State::Running(running) = &self.state else { return };
+        if running.ended.is_some() {
+            return;
+        }
+        if let Some(number) = i32::try_from(number).ok().filter(|number| (1..=64).contains(number)) {
+            // ESRCH cannot be: the process is not reaped yet. EINVAL is the host's mistake and harms nobody.
+            let _ = sys::kill(running.pid, number);
+        }
+    }
+
+    fn shut_down(&mut self, grace_s: u32, now: Instant) {
+        let asked = Stop {
+            kill_at: now + Duration::from_secs(grace_s.min(86_400).into()),
+            killed: false,
+        };
+        match &mut self.state {
+            State::Waiting { .. } => self.fail(NOT_EXECUTABLE, "asked to stop before the payload was started".into()),
+            State::Running(running) => {
+                let first = running.stop.is_none();
+                running.stop = Some(combine(running.stop, asked));
+                if first && grace_s > 0 && running.ended.is_none() {
+                    for number in [libc::SIGTERM, libc::SIGCONT] {
+                        let _ = sys::kill(running.pid, number);
+                    }
+                }
+            }
+            State::Exited(_) => {}
+        }
+    }
+}
+
+/// A second stop may shorten the grace period, never extend it.
+fn combine(first: Option<Stop>, second: Stop) -> Stop {
+    match first {
+        Some(first) if first.killed || first.kill_at <= second.kill_at => first,
+        Some(_) | None => second,
+    }
+}
+
+/// Everything in this machine but PID 1 belongs to the payload. One call ends a fork bomb too: kill(2) with -1 signals
+/// all under one lock, and a fork with a pending SIGKILL does not happen.
+fn kill_everything() {
+    // ESRCH: nothing is left, which is what was wanted.
+    let _ = sys::kill(Pid::from_raw(-1), libc::SIGKILL);
+}
+
+fn message(kind: Say) -> GuestMessage {
+    GuestMessage { kind: Some(kind) }
+}

@@ -1,0 +1,147 @@
+//! The calls that neither std nor nix offers safely. Every `unsafe` block of this crate is in this file.
+#![allow(unsafe_code)]
+
+use nix::unistd::{ForkResult, Pid};
+use std::{io, os::fd::AsRawFd};
+
+/// How a child ended, with what it and its reaped children used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) pid: Pid,
+    pub(crate) how: How,
+    pub(crate) user_us: u64,
+    pub(crate) system_us: u64,
+    /// Peak resident set, KiB.
+    pub(crate) max_rss_kib: u64,
+}
+
+/// The two ways out of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    Exited { code: u32 },
+    Signaled { signal: u32, core_dumped: bool },
+}
+
+/// Reaps one child that has ended; `None` when no child is waiting to be reaped (or there is none at all).
+///
+/// # Errors
+/// Whatever wait4(2) says except `ECHILD`.
+pub(crate) fn reap_one() -> io::Result<Option<Ended>> {
+    loop {
+        let mut status: libc::c_int = 0;
+        // SAFETY: rusage is plain old data for which all-zero is a value.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: both pointers are to live, writable values of the types wait4(2) fills.
+        let pid = unsafe { libc::wait4(-1, &mut status, libc::WNOHANG, &mut usage) };
+        if pid < 0 {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => continue,
+                Some(libc::ECHILD) => return Ok(None),
+                _ => return Err(error),
+            }
+        }
+        if pid == 0 {
+            return Ok(None);
+        }
+        let how = if libc::WIFSIGNALED(status) {
+            How::Signaled {
+                signal: unsigned(libc::WTERMSIG(status)),
+                core_dumped: libc::WCOREDUMP(status),
+            }
+        } else {
+            How::Exited {
+                code: unsigned(libc::WEXITSTATUS(status)),
+            }
+        };
+        return Ok(Some(Ended {
+            pid: Pid::from_raw(pid),
+            how,
+            user_us: micros(usage.ru_utime),
+            system_us: micros(usage.ru_stime),
+            max_rss_kib: u64::try_from(usage.ru_maxrss).unwrap_or(0),
+        }));
+    }
+}
+
+fn unsigned(number: libc::c_int) -> u32 {
+    u32::try_from(number).unwrap_or(0)
+}
+
+fn micros(time: libc::timeval) -> u64 {
+    let part = |n: i64| u64::try_from(n).unwrap_or(0);
+    part(time.tv_sec)
+        .saturating_mul(1_000_000)
+        .saturating_add(part(time.tv_usec))
+}
+
+/// Forks; the child runs `child`, which ends in exec or in the returned exit code, and never comes back.
+///
+/// # Errors
+/// Whatever fork(2) says.
+pub(crate) fn fork_into(child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: this program has one thread, so the child may do everything the parent may, allocation included.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => {
+            let code = child();
+            // SAFETY: ends the process at once; no destructor of the parent's state runs twice.
+            unsafe { libc::_exit(code) }
+        }
+    }
+}
+
+/// Gives the payload what a fresh process has: no blocked signal, and SIGPIPE ends it (Rust's start-up ignores SIGPIPE).
+///
+/// # Errors
+/// Whatever sigaction(2) or sigprocmask(2) says.
+pub(crate) fn reset_signals() -> io::Result<()> {
+    // SAFETY: SIG_DFL installs no handler, so no code of ours runs in signal context.
+    unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGPIPE, nix::sys::signal::SigHandler::SigDfl) }?;
+    Ok(nix::sys::signal::SigSet::empty().thread_set_mask()?)
+}
+
+/// Sends any signal number, real-time ones included, which nix's enum does not name.
+///
+/// # Errors
+/// Whatever kill(2) says.
+pub(crate) fn kill(pid: Pid, signal: i32) -> io::Result<()> {
+    // SAFETY: kill takes two numbers and touches no memory of ours.
+    if unsafe { libc::kill(pid.as_raw(), signal) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Longest piece of entropy credited in one call, bytes; the contract's limit for `Config.entropy`.
+pub(crate) const MAX_ENTROPY: usize = 512;
+
+/// Adds `bytes` to the kernel's random pool and credits all their bits (random(4), `RNDADDENTROPY`).
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub(crate) fn credit_entropy(random: &std::fs::File, bytes: &[u8]) -> io::Result<()> {
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: libc::c_int,
+        buf_size: libc::c_int,
+        buf: [u8; MAX_ENTROPY],
+    }
+    let length = bytes.len().min(MAX_ENTROPY);
+    let mut info = PoolInfo {
+        entropy_count: (length * 8) as libc::c_int,
+        buf_size: length as libc::c_int,
+        buf: [0; MAX_ENTROPY],
+    };
+    info.buf[..length].copy_from_slice(&bytes[..length]);
+    // _IOW('R', 0x03, int[2]), include/uapi/linux/random.h.
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    // SAFETY: the kernel reads the two counts and `buf_size` bytes behind them, all of which `info` holds.
+    let result = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
