@@ -1,3 +1,1 @@
 //! The user's commands: far and kubectl-far.
-
-fn main() {}

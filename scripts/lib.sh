@@ -1,0 +1,74 @@
+# shellcheck shell=bash
+# What the scripts share: folders, colours, and steps that show progress and, on failure, their log.
+
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export FAR_CACHE="${FAR_CACHE:-$HOME/.cache/far}"
+# Outside the tree: a fresh clone finds its dependencies built.
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$FAR_CACHE/target}"
+export CARGO_TERM_COLOR="${CARGO_TERM_COLOR:-never}"
+PROFILE="${PROFILE:-release}"
+LOGS="$FAR_CACHE/logs"
+mkdir -p "$FAR_CACHE" "$LOGS"
+
+# shellcheck disable=SC2034 # used by the scripts that source this
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then
+	BOLD=$'\e[1m' RED=$'\e[31m' GREEN=$'\e[32m' YELLOW=$'\e[33m' PLAIN=$'\e[0m'
+else
+	BOLD='' RED='' GREEN='' YELLOW='' PLAIN=''
+fi
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '%s\n' "${YELLOW}$*${PLAIN}" >&2; }
+die() {
+	printf '%s\n' "${RED}$*${PLAIN}" >&2
+	exit 1
+}
+
+# Where cargo puts the programs of a profile.
+bin_dir() {
+	case "$1" in
+		dev) printf '%s\n' "$CARGO_TARGET_DIR/debug" ;;
+		*) printf '%s\n' "$CARGO_TARGET_DIR/$1" ;;
+	esac
+}
+
+# Says every few seconds how long a step has run: in place on a terminal, a line every 30 s elsewhere. Ends by itself
+# when the script that started it is gone.
+ticker() {
+	local name=$1 start=$SECONDS parent=$$ every=30
+	[ -t 1 ] && every=1
+	while sleep "$every" && kill -0 "$parent" 2>/dev/null; do
+		if [ -t 1 ]; then
+			printf '\r  %s … %d s ' "$name" $((SECONDS - start))
+		else
+			printf '  %s … %d s\n' "$name" $((SECONDS - start))
+		fi
+	done
+}
+
+# step NAME COMMAND…: runs the command with its output in a log, with progress; on failure shows the log's end.
+step() {
+	local name=$1 start=$SECONDS code=0 ticker log
+	shift
+	log="$LOGS/$(printf '%s' "$name" | tr -c 'A-Za-z0-9\n' '-').log"
+	[ -t 1 ] || say "  $name …"
+	ticker "$name" &
+	ticker=$!
+	# In the foreground, so that Ctrl-C reaches it.
+	"$@" >"$log" 2>&1 </dev/null || code=$?
+	kill "$ticker" 2>/dev/null || true
+	wait "$ticker" 2>/dev/null || true
+	[ ! -t 1 ] || printf '\r\e[K'
+	if [ "$code" -ne 0 ]; then
+		say "${RED}✗ $name${PLAIN} ($((SECONDS - start)) s, exit code $code). The end of $log:"
+		tail -n 40 "$log" | sed 's/^/    /'
+		return "$code"
+	fi
+	say "${GREEN}✓${PLAIN} $name ($((SECONDS - start)) s)"
+}
+
+# Whether the version $1 is at least $2.
+at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
