@@ -1,0 +1,13 @@
+//! Everything about one microVM's monitor: its description, what runs it, how it is asked and how it ended.
+//!
+//! The library is what far-node and `far doctor` use; the binary `far-vmm` is one process per VM.
+
+pub mod additions;
+pub mod config;
+pub mod control;
+pub mod exit;
+pub mod probe;
+
+pub use additions::Additions;
+pub use config::VmConfig;
+pub use exit::ExitRecord;
