@@ -12,6 +12,7 @@
 //! Invariant: nothing changes an ended record except that it is forgotten.
 
 use crate::{
+    control::delivery::Launch,
     names::VmId,
     spec::{Identity, Spec},
 };
@@ -162,6 +163,8 @@ pub struct Record {
     pub image_digest: Option<String>,
     /// What the VM got.
     pub resources: Option<Resources>,
+    /// What the guest is told to run, as it was resolved with that image.
+    pub launch: Option<Launch>,
     /// Hex of the guest's boot nonce.
     pub boot_nonce: Option<String>,
     /// Somebody asked it to end.
@@ -191,6 +194,8 @@ pub enum Fact {
         image_digest: String,
         /// What the VM gets.
         resources: Resources,
+        /// What the guest is to run.
+        launch: Launch,
         /// What it goes without.
         message: String,
     },
@@ -282,6 +287,7 @@ impl Record {
             finished_at: None,
             image_digest: None,
             resources: None,
+            launch: None,
             boot_nonce: None,
             stop: None,
             exit: None,
@@ -310,7 +316,7 @@ impl Record {
                 Phase::Preparing => {}
                 Phase::Starting | Phase::Running | Phase::Stopping | Phase::Ended => return misfit("Preparing"),
             },
-            Fact::Spawning { spawn, image_digest, resources, message } => {
+            Fact::Spawning { spawn, image_digest, resources, launch, message } => {
                 if self.phase != Phase::Preparing || self.spawn.is_some() {
                     return misfit("Spawning");
                 }
@@ -318,6 +324,7 @@ impl Record {
                 self.spawn = Some(spawn);
                 self.image_digest = Some(image_digest);
                 self.resources = Some(resources);
+                self.launch = Some(launch);
                 self.message = message;
             }
             Fact::Hello { at, nonce } => {
@@ -393,6 +400,13 @@ pub(crate) mod tests {
             spawn: Spawn { at, boot_id: "boot-1".into() },
             image_digest: "sha256:0".into(),
             resources: Resources::default(),
+            launch: Launch {
+                program: "/bin/true".into(),
+                args: vec![],
+                image_env: vec![],
+                working_dir: "/".into(),
+                user: String::new(),
+            },
             message: String::new(),
         }
     }

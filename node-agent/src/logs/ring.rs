@@ -33,7 +33,7 @@ impl Stored {
         }
     }
 
-    pub(super) fn set(&mut self, stream: Stream, seq: u64) {
+    pub(crate) fn set(&mut self, stream: Stream, seq: u64) {
         match stream {
             Stream::Stdout => self.stdout_seq = seq,
             Stream::Stderr => self.stderr_seq = seq,

@@ -1,0 +1,632 @@
+//! The task of one attempt: it alone changes the attempt's record and its VM.
+//!
+//! ```text
+//!           ┌ prepare: secrets there? image, folder, log, listener ┐      ┌ watch over ─────────────────────┐
+//! accepted ─┤ (a stop or a refusal leads straight to the end)      ├─ Starting (fsync) ─ spawn ─► Hello, Ready,│─► finish
+//!           └──────────────────────────────────────────────────────┘      │ stop, time limits, VMM's end    │
+//! adopted (spawned by an earlier far-node) ───────────────────────────────► as well                         │
+//!                                                                         └─────────────────────────────────┘
+//! ```
+//! What to do is decided in [`crate::record`], [`crate::outcome`] and [`crate::control::protocol`]; here it is done. When
+//! far-node shuts down, the task ends and its VM stays: the next far-node adopts it.
+//!
+//! Invariant: each fact is in the ledger before it is acted upon, told, or acknowledged to the guest.
+
+use crate::{
+    board::Board,
+    clock::Clock,
+    control::{
+        delivery::{self, LaunchError},
+        listener::{Dialled, Listener},
+        protocol::Violation,
+        session::{Session, SessionEvent},
+    },
+    host::{Images, ImageFault, VmHost, VmPlan},
+    ledger::Ledger,
+    log_sink::{LogSignal, LogSink},
+    logs::read_tail,
+    names::VmId,
+    outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
+    record::{EndReason, ExitReport, Fact, Misfit, Record, Spawn, StopOrder, UnixMs},
+    spec::Spec,
+};
+use far_proto::{
+    frame::CONTROL_PORT,
+    guest::{ExitAck, HostMessage, Shutdown, Stage, host_message::Kind},
+};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Bytes of output told with an end.
+const TAIL: usize = 2 << 10;
+/// After the VMM's end: for what the guest sent just before.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// A kill that did not work is tried again.
+const KILL_AGAIN: Duration = Duration::from_secs(10);
+/// Broken connections of one VM until its init counts as lost.
+const MAX_VIOLATIONS: u32 = 16;
+/// A full disk under the ledger: until the next try.
+const LEDGER_RETRY: Duration = Duration::from_secs(1);
+/// Requests that may wait for one task.
+pub(crate) const REQUESTS: usize = 16;
+
+/// Bounds that the blade's owner sets.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Until Hello, and again until Ready.
+    pub boot_timeout: Duration,
+    /// Output kept on disk per attempt.
+    pub log_max_bytes: u64,
+    /// How often guests say that they live.
+    pub heartbeat: Duration,
+}
+
+/// What all tasks share.
+#[derive(Debug)]
+pub struct Blade {
+    /// Time.
+    pub clock: Clock,
+    /// Records on disk.
+    pub ledger: Ledger,
+    /// Records as told.
+    pub board: Board,
+    /// VMs.
+    pub host: Arc<dyn VmHost>,
+    /// Images.
+    pub images: Arc<dyn Images>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Folder of the logs, one folder per VM.
+    pub logs: PathBuf,
+    /// Of this start of the blade's kernel.
+    pub boot_id: String,
+    /// Ends all tasks; VMs stay.
+    pub shutdown: CancellationToken,
+}
+
+impl Blade {
+    /// Folder of one attempt's log.
+    #[must_use]
+    pub fn log_folder(&self, vm: &VmId) -> PathBuf {
+        self.logs.join(vm.as_str())
+    }
+}
+
+/// What others ask of a task.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// End the attempt; answered when the order is in the ledger.
+    Stop { grace_s: Option<u32>, reason: Option<EndReason>, done: oneshot::Sender<()> },
+    /// The same spec again, with secrets that may be missing here.
+    Refresh(Box<Spec>),
+}
+
+/// Leads out of a task before its end.
+enum Leave {
+    /// far-node shuts down; the VM stays.
+    Shutdown,
+    /// The attempt is over before its VM was spawned.
+    Over,
+}
+
+pub(crate) struct AgentTask {
+    blade: Arc<Blade>,
+    record: Arc<Record>,
+    spec: Option<Spec>,
+    requests: mpsc::Receiver<Request>,
+    signal: watch::Sender<LogSignal>,
+    events: (mpsc::Sender<(u64, SessionEvent)>, mpsc::Receiver<(u64, SessionEvent)>),
+    session: Option<Session>,
+    sessions: u64,
+    violations: u32,
+    /// Start was sent, or may have been by an earlier far-node.
+    may_have_started: bool,
+    pending_exit: Option<ExitReport>,
+    forced: Option<Forced>,
+    killed_at: Option<UnixMs>,
+    last_heartbeat: Option<UnixMs>,
+    heartbeat_stale: bool,
+}
+
+impl AgentTask {
+    /// The task of a record that is in the ledger; one that was spawned before is adopted.
+    pub(crate) fn new(
+        blade: Arc<Blade>,
+        record: Arc<Record>,
+        spec: Option<Spec>,
+        requests: mpsc::Receiver<Request>,
+        signal: watch::Sender<LogSignal>,
+    ) -> Self {
+        let may_have_started = record.spawn.is_some();
+        Self {
+            blade,
+            record,
+            spec,
+            requests,
+            signal,
+            events: mpsc::channel(64),
+            session: None,
+            sessions: 0,
+            violations: 0,
+            may_have_started,
+            pending_exit: None,
+            forced: None,
+            killed_at: None,
+            last_heartbeat: None,
+            heartbeat_stale: false,
+        }
+    }
+
+    /// The task of a record whose earlier task broke: it only ends the VM.
+    pub(crate) fn after_panic(mut self) -> Self {
+        self.forced = Some(Forced::InitLost { message: "a fault in far-node ended the agent; see its log".to_owned() });
+        self
+    }
+
+    /// Runs until the attempt ended or far-node shuts down.
+    pub(crate) async fn run(mut self) {
+        let shutdown = self.blade.shutdown.clone();
+        let end = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            end = self.live() => end,
+        };
+        match end {
+            Ok(end) => self.finish(end).await,
+            Err(Leave::Over) => self.finish(VmmEnd::NeverBooted).await,
+            Err(Leave::Shutdown) => {}
+        }
+    }
+
+    async fn live(&mut self) -> Result<VmmEnd, Leave> {
+        if self.record.spawn.is_some() {
+            if self.forced.is_some() {
+                self.kill().await;
+            }
+            let log = self.open_log().await?;
+            let listener = self.bind();
+            tracing::info!(vm.id = %self.record.vm_id, "a microVM of an earlier far-node is adopted");
+            return self.watch_over(listener, log).await;
+        }
+        if self.forced.is_some() {
+            return Err(Leave::Over);
+        }
+        let (plan, spawning) = self.prepare().await?;
+        let log = self.open_log().await?;
+        let listener = self.bind();
+        if listener.is_none() {
+            return Err(Leave::Over);
+        }
+        while let Ok(request) = self.requests.try_recv() {
+            self.on_request(request).await?;
+        }
+        self.must_change(spawning).await;
+        let blade = self.blade.clone();
+        if let Err(error) = blade.host.boot(&plan.vm).await {
+            return Ok(VmmEnd::Crashed { message: error.to_string() });
+        }
+        self.watch_over(listener, log).await
+    }
+
+    // ---- before the VM ----
+
+    async fn prepare(&mut self) -> Result<(VmPlan, Fact), Leave> {
+        if self.record.stop.is_some() {
+            return Err(Leave::Over);
+        }
+        let spec = self.wait_for_secrets().await?;
+        self.must_change(Fact::Preparing).await;
+        let blade = self.blade.clone();
+        let vm = self.record.vm_id.clone();
+        let work = tokio::task::spawn_blocking(move || prepare_blocking(&blade, vm, &spec));
+        let prepared = self.while_answering(work).await?;
+        match prepared {
+            Ok(Ok((plan, image_digest, launch))) => {
+                let resources = self.blade.host.resources(&plan);
+                let spawn = Spawn { at: self.blade.clock.now(), boot_id: self.blade.boot_id.clone() };
+                let message = if resources.nic { String::new() } else { resources.no_nic_reason.clone() };
+                Ok((plan, Fact::Spawning { spawn, image_digest, resources, launch, message }))
+            }
+            Ok(Err(refused)) => self.refuse(refused),
+            Err(_) => self.refuse(Forced::InitLost { message: "a fault in far-node; see its log".to_owned() }),
+        }
+    }
+
+    fn refuse<T>(&mut self, why: Forced) -> Result<T, Leave> {
+        self.forced = Some(why);
+        Err(Leave::Over)
+    }
+
+    async fn wait_for_secrets(&mut self) -> Result<Spec, Leave> {
+        loop {
+            match &self.spec {
+                None => {
+                    let message = "the blade's ledger lost the spec of this attempt".to_owned();
+                    return self.refuse(Forced::Refused { reason: EndReason::Error, message });
+                }
+                Some(spec) if spec.is_complete() => return Ok(spec.clone()),
+                Some(_) => {}
+            }
+            match self.requests.recv().await {
+                Some(request) => self.on_request(request).await?,
+                None => return Err(Leave::Shutdown),
+            }
+        }
+    }
+
+    /// Waits for work that runs elsewhere and answers requests meanwhile; a stop does not wait for it.
+    async fn while_answering<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Leave> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                request = self.requests.recv() => match request {
+                    Some(request) => self.on_request(request).await?,
+                    None => return Err(Leave::Shutdown),
+                },
+            }
+        }
+    }
+
+    async fn open_log(&mut self) -> Result<LogSink, Leave> {
+        let (folder, signal) = (self.blade.log_folder(&self.record.vm_id), self.signal.clone());
+        let max = self.blade.limits.log_max_bytes;
+        loop {
+            let (folder, signal) = (folder.clone(), signal.clone());
+            match tokio::task::spawn_blocking(move || LogSink::open(&folder, max, signal)).await {
+                Ok(Ok(log)) => return Ok(log),
+                Ok(Err(error)) => {
+                    tracing::error!(vm.id = %self.record.vm_id, %error, "the log of an agent cannot be opened: trying again");
+                    self.while_answering(tokio::time::sleep(LEDGER_RETRY)).await?;
+                }
+                Err(_) => return Err(Leave::Shutdown),
+            }
+        }
+    }
+
+    /// Without a listener a new VM is refused; an adopted one is watched all the same.
+    fn bind(&mut self) -> Option<Listener> {
+        let path = self.blade.host.folder(&self.record.vm_id).join(format!("v.sock_{CONTROL_PORT}"));
+        match Listener::bind(&path) {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!(vm.id = %self.record.vm_id, path = %path.display(), %error, "the control socket cannot be bound");
+                if self.record.spawn.is_none() {
+                    let message = format!("binding the control socket {}: {error}", path.display());
+                    self.forced = Some(Forced::Refused { reason: EndReason::Error, message });
+                }
+                None
+            }
+        }
+    }
+
+    // ---- while the VM runs ----
+
+    async fn watch_over(&mut self, mut listener: Option<Listener>, log: LogSink) -> Result<VmmEnd, Leave> {
+        let blade = self.blade.clone();
+        let mut ended = blade.host.ended(&self.record.vm_id);
+        if self.record.stop.is_some() && self.record.started_at.is_none() {
+            self.kill().await;
+        }
+        self.last_heartbeat = self.record.booted_at.map(|_| blade.clock.now());
+        loop {
+            let alarm = self.next_alarm();
+            let stale_at = self.stale_at();
+            // Biased: what already happened comes before what is still asked. Every branch is cancel-safe.
+            tokio::select! {
+                biased;
+                end = &mut ended => return Ok(end),
+                Some((number, event)) = self.events.1.recv() => self.on_session(number, event).await,
+                Some(dialled) = next_dialled(&mut listener) => self.on_dialled(dialled, &log).await,
+                request = self.requests.recv() => match request {
+                    Some(request) => {
+                        // Only a stop before the spawn leads out; that is behind us.
+                        if let Err(Leave::Shutdown) = self.on_request(request).await {
+                            return Err(Leave::Shutdown);
+                        }
+                    }
+                    None => return Err(Leave::Shutdown),
+                },
+                () = blade.clock.until(alarm.as_ref().map(|(at, _)| *at)) => {
+                    if let Some((_, alarm)) = alarm {
+                        self.on_alarm(alarm).await;
+                    }
+                }
+                () = blade.clock.until(stale_at) => self.set_stale(true),
+            }
+        }
+    }
+
+    fn next_alarm(&self) -> Option<(UnixMs, Alarm)> {
+        match self.killed_at {
+            Some(at) => Some((at + millis(KILL_AGAIN), Alarm::Kill(None))),
+            None => next_alarm(&self.record, self.blade.limits.boot_timeout),
+        }
+    }
+
+    async fn on_alarm(&mut self, alarm: Alarm) {
+        match alarm {
+            Alarm::Kill(forced) => {
+                self.forced = self.forced.take().or(forced);
+                self.kill().await;
+            }
+            Alarm::Deadline => {
+                self.order_stop(self.record.grace_s, Some(EndReason::DeadlineExceeded)).await;
+            }
+        }
+    }
+
+    async fn kill(&mut self) {
+        tracing::info!(vm.id = %self.record.vm_id, "the microVM is ended by force");
+        self.killed_at = Some(self.blade.clock.now());
+        let blade = self.blade.clone();
+        blade.host.kill(&self.record.vm_id).await;
+    }
+
+    async fn on_request(&mut self, request: Request) -> Result<(), Leave> {
+        match request {
+            Request::Refresh(spec) => {
+                if self.spec.as_ref().is_none_or(|spec| !spec.is_complete()) {
+                    self.spec = Some(*spec);
+                    self.deliver();
+                }
+                Ok(())
+            }
+            Request::Stop { grace_s, reason, done } => {
+                self.order_stop(grace_s.unwrap_or(self.record.grace_s), reason).await;
+                let _ = done.send(()); // The asker may have gone away.
+                if self.record.spawn.is_none() { Err(Leave::Over) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// A second order moves nothing.
+    async fn order_stop(&mut self, grace_s: u32, reason: Option<EndReason>) {
+        if self.record.stop.is_some() {
+            return;
+        }
+        let order = StopOrder { at: self.blade.clock.now(), grace_s, reason };
+        self.must_change(Fact::StopOrdered(order)).await;
+        if self.record.started_at.is_some() {
+            self.send_shutdown();
+        } else if self.record.spawn.is_some() {
+            // No payload to be polite to.
+            self.kill().await;
+        }
+    }
+
+    fn send_shutdown(&mut self) {
+        if let (Some(session), Some(order)) = (&self.session, &self.record.stop) {
+            let passed = self.blade.clock.now().saturating_sub(order.at) / 1000;
+            let grace_s = order.grace_s.saturating_sub(u32::try_from(passed).unwrap_or(u32::MAX));
+            session.send(vec![HostMessage { kind: Some(Kind::Shutdown(Shutdown { grace_s })) }]);
+        }
+    }
+
+    // ---- the guest ----
+
+    async fn on_dialled(&mut self, dialled: Dialled, log: &LogSink) {
+        let stage = dialled.greeting.stage;
+        let version = dialled.greeting.init_version.clone();
+        match &self.record.boot_nonce {
+            None => {
+                let nonce = dialled.greeting.nonce.clone();
+                self.must_change(Fact::Hello { at: self.blade.clock.now(), nonce }).await;
+                tracing::info!(vm.id = %self.record.vm_id, init.version = %version, "the guest said Hello");
+            }
+            Some(nonce) if *nonce == dialled.greeting.nonce => {}
+            Some(_) => {
+                let message = "the guest's init started anew inside the microVM (its boot nonce changed)".to_owned();
+                self.forced.get_or_insert(Forced::InitLost { message });
+                self.kill().await;
+                return;
+            }
+        }
+        let problem = match stage {
+            Stage::WaitingForConfig if self.record.started_at.is_some() => Some("it waits for a config after Ready"),
+            Stage::Running if !self.may_have_started => Some("it claims to run before Start"),
+            Stage::Unspecified => Some("it has no stage"),
+            Stage::WaitingForConfig | Stage::Running | Stage::Exited => None,
+        };
+        if let Some(problem) = problem {
+            self.on_violation(&Violation(problem.to_owned())).await;
+            return;
+        }
+        self.sessions += 1;
+        let (number, heartbeat) = (self.sessions, self.blade.limits.heartbeat);
+        self.session = Some(Session::start(number, dialled, log.clone(), heartbeat, self.events.0.clone()));
+        self.note_heartbeat();
+        match stage {
+            Stage::WaitingForConfig => self.deliver(),
+            // Its Ready may have been lost with a connection.
+            Stage::Running if self.record.started_at.is_none() => self.note_ready(String::new()).await,
+            Stage::Running | Stage::Exited | Stage::Unspecified => {}
+        }
+        self.send_shutdown();
+    }
+
+    /// Sends Config, files and Start to a guest that waits, once all secrets are known.
+    fn deliver(&mut self) {
+        let (Some(session), Some(spec), Some(launch)) = (&self.session, &self.spec, &self.record.launch) else { return };
+        if self.record.started_at.is_some() || self.record.stop.is_some() {
+            return;
+        }
+        let name = &self.record.identity.name;
+        if let Some(messages) = delivery::messages(launch, spec, name, self.blade.clock.now()) {
+            self.may_have_started = true;
+            session.send(messages);
+        }
+    }
+
+    async fn on_session(&mut self, number: u64, event: SessionEvent) {
+        if self.session.as_ref().is_none_or(|session| session.number() != number) {
+            return; // Of a connection that was replaced.
+        }
+        match event {
+            SessionEvent::Ready { message } => self.note_ready(message).await,
+            SessionEvent::Heartbeat => self.note_heartbeat(),
+            SessionEvent::Exit { how, oom_killed, start_error } => {
+                let at = self.blade.clock.now();
+                self.pending_exit = Some(ExitReport { at, how, oom_killed, start_error });
+            }
+            SessionEvent::ExitComplete => self.store_exit().await,
+            SessionEvent::Closed(violation) => {
+                self.session = None;
+                if let Some(violation) = violation {
+                    self.on_violation(&violation).await;
+                }
+            }
+        }
+    }
+
+    async fn note_ready(&mut self, message: String) {
+        // A Ready that repeats (connection lost right after it) says nothing new.
+        let _ = self.change(Fact::Ready { at: self.blade.clock.now(), message }).await;
+        self.note_heartbeat();
+    }
+
+    /// The first report counts; a repeated one is only acknowledged again.
+    async fn store_exit(&mut self) {
+        if let Some(report) = self.pending_exit.take()
+            && self.record.exit.is_none()
+        {
+            let _ = self.change(Fact::Exited(report)).await;
+        }
+        if let (Some(session), Some(_)) = (&self.session, &self.record.exit) {
+            session.send(vec![HostMessage { kind: Some(Kind::ExitAck(ExitAck {})) }]);
+        }
+    }
+
+    async fn on_violation(&mut self, violation: &Violation) {
+        tracing::warn!(vm.id = %self.record.vm_id, error = %violation, "a control connection was cut");
+        self.violations += 1;
+        if self.violations >= MAX_VIOLATIONS && self.killed_at.is_none() {
+            self.forced.get_or_insert(Forced::InitLost { message: violation.to_string() });
+            self.kill().await;
+        }
+    }
+
+    fn note_heartbeat(&mut self) {
+        self.last_heartbeat = Some(self.blade.clock.now());
+        if self.heartbeat_stale {
+            self.set_stale(false);
+        }
+    }
+
+    fn stale_at(&self) -> Option<UnixMs> {
+        let is_watched = !self.heartbeat_stale && !self.blade.limits.heartbeat.is_zero();
+        self.last_heartbeat.filter(|_| is_watched).map(|at| at + millis(self.blade.limits.heartbeat) * 3)
+    }
+
+    fn set_stale(&mut self, stale: bool) {
+        self.heartbeat_stale = stale;
+        self.blade.board.publish(self.record.clone(), stale, &self.signal.subscribe());
+    }
+
+    // ---- the end ----
+
+    async fn finish(mut self, mut vmm: VmmEnd) {
+        if self.session.is_some() {
+            let _ = tokio::time::timeout(DRAIN_LIMIT, self.drain()).await;
+        }
+        if let Some(report) = self.pending_exit.take() {
+            // The guest went before all of its output came; its report was seen all the same.
+            let _ = self.change(Fact::Exited(report)).await;
+        }
+        self.session = None;
+        if let (VmmEnd::Vanished { .. }, Some(spawn)) = (&vmm, &self.record.spawn) {
+            vmm = VmmEnd::Vanished { blade_rebooted: spawn.boot_id != self.blade.boot_id };
+        }
+        let (blade, vm) = (self.blade.clone(), self.record.vm_id.clone());
+        let vmm_cpu_us = match self.record.spawn {
+            Some(_) => blade.host.cpu_us(&vm).await,
+            None => 0,
+        };
+        let folder = blade.log_folder(&vm);
+        let tail = tokio::task::spawn_blocking(move || read_tail(&folder, TAIL)).await.unwrap_or_default();
+        let end = decide_end(&self.record, &vmm, self.forced.as_ref(), tail);
+        tracing::info!(vm.id = %vm, agent.namespace = %self.record.identity.namespace, agent.name = %self.record.identity.name,
+            reason = ?end.reason, exit_code = ?end.exit_code, "an agent ended");
+        self.must_change(Fact::Ended { at: blade.clock.now(), end, vmm_cpu_us }).await;
+        self.signal.send_modify(|signal| signal.is_closed = true);
+        if let Err(error) = blade.host.release(&vm).await {
+            tracing::warn!(vm.id = %vm, %error, "something of an ended microVM is left: the next start cleans it up");
+        }
+        if let Err(error) = blade.ledger.remove_spec(&vm) {
+            tracing::warn!(vm.id = %vm, %error, "the spec of an ended attempt is left in the ledger");
+        }
+    }
+
+    /// Takes what the guest sent before its end, until its connection is over.
+    async fn drain(&mut self) {
+        while self.session.is_some() {
+            match self.events.1.recv().await {
+                Some((number, event)) => self.on_session(number, event).await,
+                None => return,
+            }
+        }
+    }
+
+    // ---- the ledger ----
+
+    /// Takes a fact: in the ledger, then on the board. While the disk is full nothing goes on.
+    async fn change(&mut self, fact: Fact) -> Result<(), Misfit> {
+        let mut record = (*self.record).clone();
+        record.apply(fact)?;
+        let record = Arc::new(record);
+        loop {
+            let (blade, written) = (self.blade.clone(), record.clone());
+            let (stale, log) = (self.heartbeat_stale, self.signal.subscribe());
+            let work = move || {
+                blade.ledger.write(&written)?;
+                blade.board.publish(written, stale, &log);
+                Ok::<_, crate::ledger::LedgerError>(())
+            };
+            match tokio::task::spawn_blocking(work).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => tracing::error!(vm.id = %record.vm_id, error = ?error, "the ledger cannot be written: trying again"),
+                Err(error) => tracing::error!(vm.id = %record.vm_id, %error, "the ledger cannot be written: trying again"),
+            }
+            tokio::time::sleep(LEDGER_RETRY).await;
+        }
+        self.record = record;
+        Ok(())
+    }
+
+    /// For facts that fit wherever they are stated.
+    async fn must_change(&mut self, fact: Fact) {
+        if let Err(misfit) = self.change(fact).await {
+            tracing::error!(vm.id = %self.record.vm_id, error = %misfit, "a fact did not fit its record");
+        }
+    }
+}
+
+async fn next_dialled(listener: &mut Option<Listener>) -> Option<Dialled> {
+    match listener {
+        Some(listener) => listener.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+type Prepared = (VmPlan, String, delivery::Launch);
+
+/// Everything before the spawn that takes time: image, program, folder.
+fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Forced> {
+    let refused = |reason, message| Forced::Refused { reason, message };
+    let image = blade.images.prepare(&spec.image).map_err(|fault| match fault {
+        ImageFault::Unknown { .. } => refused(EndReason::ImageError, format!("spec.image: {fault}; load it with `far image load`")),
+        ImageFault::Bad { .. } | ImageFault::Store { .. } => refused(EndReason::ImageError, format!("spec.image: {fault}")),
+    })?;
+    let launch = delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
+        let reason = match error {
+            LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
+            LaunchError::Environment { .. } => EndReason::ImageError,
+        };
+        refused(reason, error.to_string())
+    })?;
+    let plan = VmPlan { vm, rootfs: image.rootfs, vcpus: spec.vcpus(), memory_mib: spec.memory_mib };
+    blade.host.prepare(&plan).map_err(|error| refused(EndReason::Error, error.to_string()))?;
+    Ok((plan, image.digest, launch))
+}

@@ -1,0 +1,209 @@
+//! What a guest is given to run: the image's own settings under the spec's, and the messages that carry them.
+
+use crate::{host::ImageSettings, names::to_dns_label, record::UnixMs, spec::Spec};
+use far_proto::{
+    frame::MAX_BODY,
+    guest::{self, Config, FileChunk, FileEntry, HostMessage, Start, host_message::Kind},
+};
+use prost::Message;
+use rand::RngCore;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Longest piece of a file, bytes (control.proto).
+const MAX_CHUNK: usize = 512 << 10;
+/// Environment of an image, bytes: with the bounds of args, env and file paths a Config always fits into one frame.
+const MAX_IMAGE_ENV: usize = 64 << 10;
+/// Bytes for the guest's random pool (control.proto: 32 to 512).
+const ENTROPY: usize = 64;
+
+/// Program and surroundings after image and spec were put together; no secrets, so that the ledger can keep it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Absolute path.
+    pub program: String,
+    /// Arguments after the program's name.
+    pub args: Vec<String>,
+    /// `NAME=value` of the image.
+    pub image_env: Vec<String>,
+    /// Absolute.
+    pub working_dir: String,
+    /// As in an OCI config; empty: root.
+    pub user: String,
+}
+
+/// Why image and spec together do not name a program.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum LaunchError {
+    #[error("spec.entrypoint: not given, and image {image} has no entrypoint of its own")]
+    NoProgram { image: String },
+    #[error("spec.entrypoint: {path} does not exist in image {image}")]
+    Missing { path: String, image: String },
+    #[error("spec.image: the environment that image {image} sets takes {bytes} bytes, at most {MAX_IMAGE_ENV} fit")]
+    Environment { image: String, bytes: usize },
+}
+
+/// Puts image and spec together, with Kubernetes' rules for command and args; `has_file` looks into the image
+/// (`None`: not known before the boot).
+pub(crate) fn launch(
+    spec: &Spec,
+    image: &ImageSettings,
+    has_file: impl Fn(&str) -> Option<bool>,
+) -> Result<Launch, LaunchError> {
+    let bytes = image.env.iter().map(|env| env.len() + 10).sum();
+    if bytes > MAX_IMAGE_ENV {
+        return Err(LaunchError::Environment { image: spec.image.clone(), bytes });
+    }
+    let mut command = match &spec.entrypoint {
+        Some(entrypoint) => vec![entrypoint.clone()],
+        None => image.entrypoint.clone(),
+    };
+    if spec.entrypoint.is_some() || !spec.args.is_empty() {
+        command.extend(spec.args.iter().cloned());
+    } else {
+        command.extend(image.cmd.iter().cloned());
+    }
+    let mut command = command.into_iter();
+    let Some(name) = command.next().filter(|name| !name.is_empty()) else {
+        return Err(LaunchError::NoProgram { image: spec.image.clone() });
+    };
+    let missing = || LaunchError::Missing { path: name.clone(), image: spec.image.clone() };
+    let program = if name.starts_with('/') {
+        if has_file(&name) == Some(false) {
+            return Err(missing());
+        }
+        name.clone()
+    } else {
+        let path = image.env.iter().find_map(|env| env.strip_prefix("PATH="));
+        path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .split(':')
+            .map(|folder| format!("{folder}/{name}"))
+            .find(|path| has_file(path) == Some(true))
+            .ok_or_else(missing)?
+    };
+    let working_dir = spec.working_dir.clone().unwrap_or_else(|| image.working_dir.clone());
+    Ok(Launch {
+        program,
+        args: command.collect(),
+        image_env: image.env.clone(),
+        working_dir: if working_dir.is_empty() { "/".to_owned() } else { working_dir },
+        user: image.user.clone(),
+    })
+}
+
+/// Config, FileChunk* and Start for a guest that waits for them. `None` while a secret is not known.
+pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) -> Option<Vec<HostMessage>> {
+    let mut env: Vec<guest::EnvVar> = launch
+        .image_env
+        .iter()
+        .filter_map(|entry| entry.split_once('='))
+        .filter(|(name, _)| !name.is_empty() && name.len() <= 255)
+        .map(|(name, value)| guest::EnvVar { name: name.to_owned(), value: value.to_owned() })
+        .collect();
+    for own in &spec.env {
+        env.retain(|other| other.name != own.name);
+        env.push(guest::EnvVar { name: own.name.clone(), value: own.value.clone()? });
+    }
+    let (mut files, mut chunks) = (Vec::new(), Vec::new());
+    for (index, file) in (0_u32..).zip(&spec.files) {
+        let data = file.data.as_ref()?;
+        files.push(FileEntry {
+            path: file.path.clone(),
+            mode: file.mode,
+            size: data.len() as u64,
+            sha256: Sha256::digest(data).to_vec(),
+        });
+        for (n, part) in (0_u64..).zip(data.chunks(MAX_CHUNK)) {
+            let chunk = FileChunk { file: index, offset: n * MAX_CHUNK as u64, data: part.to_vec() };
+            chunks.push(HostMessage { kind: Some(Kind::FileChunk(chunk)) });
+        }
+    }
+    let mut entropy = vec![0; ENTROPY];
+    rand::rng().fill_bytes(&mut entropy);
+    let config = Config {
+        entrypoint: launch.program.clone(),
+        args: launch.args.clone(),
+        env,
+        working_dir: launch.working_dir.clone(),
+        user: launch.user.clone(),
+        files,
+        hostname: to_dns_label(name, "far"),
+        wall_time_unix_ns: now.saturating_mul(1_000_000),
+        entropy,
+        termination_grace_s: spec.grace_s,
+        nic: None,
+    };
+    let mut messages = vec![HostMessage { kind: Some(Kind::Config(config)) }];
+    debug_assert!(messages[0].encoded_len() <= MAX_BODY, "the bounds of spec and image keep a Config in one frame");
+    messages.extend(chunks);
+    messages.push(HostMessage { kind: Some(Kind::Start(Start {})) });
+    Some(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{check_spec, tests::wire_spec};
+
+    fn image() -> ImageSettings {
+        ImageSettings {
+            entrypoint: vec!["/entry".into(), "--first".into()],
+            cmd: vec!["cmd".into()],
+            env: vec!["PATH=/bin:/opt/bin".into(), "PLAIN=image".into()],
+            working_dir: String::new(),
+            user: "tiffany".into(),
+        }
+    }
+
+    #[test]
+    fn command_and_args_follow_kubernetes() {
+        let spec = |entrypoint: Option<&str>, args: &[&str]| {
+            let mut spec = check_spec(Some(wire_spec())).unwrap();
+            spec.entrypoint = entrypoint.map(str::to_owned);
+            spec.args = args.iter().map(|arg| (*arg).to_owned()).collect();
+            spec
+        };
+        let cases = [
+            ("both own", spec(None, &[]), "/entry --first cmd"),
+            ("args replace cmd", spec(None, &["a"]), "/entry --first a"),
+            ("entrypoint drops cmd", spec(Some("/x"), &[]), "/x"),
+            ("entrypoint and args", spec(Some("/x"), &["a"]), "/x a"),
+        ];
+        for (why, spec, expected) in cases {
+            let launch = launch(&spec, &image(), |_| Some(true)).unwrap();
+            let told = std::iter::once(launch.program).chain(launch.args).collect::<Vec<_>>().join(" ");
+            assert_eq!(told, expected, "{why}");
+            assert_eq!(launch.working_dir, "/");
+        }
+    }
+
+    #[test]
+    fn a_program_that_the_image_lacks_names_the_field() {
+        let mut spec = check_spec(Some(wire_spec())).unwrap();
+        let error = launch(&spec, &image(), |_| Some(false)).unwrap_err().to_string();
+        assert!(error.contains("spec.entrypoint") && error.contains("/usr/local/bin/tiffany"), "{error}");
+        spec.entrypoint = None;
+        spec.args.clear();
+        let bare = ImageSettings { entrypoint: vec![], cmd: vec![], ..image() };
+        assert!(matches!(launch(&spec, &bare, |_| None), Err(LaunchError::NoProgram { .. })));
+        let relative = ImageSettings { entrypoint: vec!["tool".into()], ..image() };
+        let found = launch(&spec, &relative, |path| Some(path == "/opt/bin/tool")).unwrap();
+        assert_eq!(found.program, "/opt/bin/tool");
+    }
+
+    #[test]
+    fn files_go_in_chunks_and_the_spec_overrides_the_image() {
+        let mut wire = wire_spec();
+        wire.files[0].data = vec![1; MAX_CHUNK + 1];
+        let spec = check_spec(Some(wire)).unwrap();
+        let launch = launch(&spec, &image(), |_| None).unwrap();
+        let messages = messages(&launch, &spec, "Embedder_1", 5).unwrap();
+        let Some(Kind::Config(config)) = &messages[0].kind else { panic!("{messages:?}") };
+        let plain: Vec<_> = config.env.iter().filter(|env| env.name == "PLAIN").collect();
+        assert_eq!((plain.len(), plain[0].value.as_str()), (1, "visible"));
+        assert_eq!(config.hostname, "embedder-1");
+        assert_eq!(messages.len(), 1 + 3 + 1);
+        assert!(messages.iter().all(|message| message.encoded_len() <= MAX_BODY));
+        assert!(super::messages(&launch, &spec.without_secrets().into(), "a", 5).is_none());
+    }
+}

@@ -1,0 +1,222 @@
+//! One live control connection: reads, checks, stores output, acknowledges; writes what the VM task hands it.
+
+use super::{
+    listener::Dialled,
+    protocol::{Protocol, Step, Violation},
+};
+use crate::{log_sink::LogSink, logs::{LogRecord, Stored, Stream}, record::ExitHow};
+use far_proto::{
+    frame::{self, Decoder, GENERATION},
+    guest::{self, GuestMessage, HostMessage, LogAck, Welcome, host_message::Kind},
+};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::{OwnedReadHalf, OwnedWriteHalf},
+    sync::mpsc,
+    task::JoinHandle,
+};
+
+/// Unacknowledged output of one stream, bytes (control.proto: 4 KiB to 1 MiB).
+const LOG_WINDOW: u32 = 512 << 10;
+/// How much is read at once, bytes: output is stored and acknowledged in rounds of about this size.
+const READ_STEP: usize = 256 << 10;
+/// A guest that takes none of our bytes for so long is cut off; it may dial again.
+const WRITE_LIMIT: Duration = Duration::from_secs(30);
+/// A frame that was begun must be whole by then.
+const FRAME_LIMIT: Duration = Duration::from_secs(60);
+/// Batches of messages that wait to be written.
+const OUTBOX: usize = 16;
+
+/// What a session tells its VM task.
+#[derive(Debug)]
+pub(crate) enum SessionEvent {
+    Ready { message: String },
+    Heartbeat,
+    /// The exit report arrived.
+    Exit { how: ExitHow, oom_killed: bool, start_error: String },
+    /// All output that the report announced is stored.
+    ExitComplete,
+    /// The connection is over; with what the guest did wrong, if that is why.
+    Closed(Option<Violation>),
+}
+
+/// The VM task's hold on a session. Dropping it cuts the connection.
+#[derive(Debug)]
+pub(crate) struct Session {
+    number: u64,
+    outbox: mpsc::Sender<Vec<HostMessage>>,
+    task: JoinHandle<()>,
+}
+
+impl Session {
+    /// Says Welcome and begins to listen; events come tagged with `number`.
+    pub(crate) fn start(
+        number: u64,
+        dialled: Dialled,
+        log: LogSink,
+        heartbeat: Duration,
+        events: mpsc::Sender<(u64, SessionEvent)>,
+    ) -> Self {
+        let (outbox, inbox) = mpsc::channel(OUTBOX);
+        let task = tokio::spawn(run(number, dialled, log, heartbeat, inbox, events));
+        Self { number, outbox, task }
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Hands messages over in order; false where the guest takes nothing any more.
+    pub(crate) fn send(&self, messages: Vec<HostMessage>) -> bool {
+        self.outbox.try_send(messages).is_ok()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn run(
+    number: u64,
+    dialled: Dialled,
+    log: LogSink,
+    heartbeat: Duration,
+    inbox: mpsc::Receiver<Vec<HostMessage>>,
+    events: mpsc::Sender<(u64, SessionEvent)>,
+) {
+    let stored = log.stored().await;
+    let protocol = Arc::new(Mutex::new(Protocol::new(dialled.greeting.stage, stored)));
+    let (read, write) = dialled.stream.into_split();
+    let (acks, pending_acks) = mpsc::channel(64);
+    let welcome = HostMessage {
+        kind: Some(Kind::Welcome(Welcome {
+            generation: GENERATION,
+            stored_stdout_seq: stored.stdout_seq,
+            stored_stderr_seq: stored.stderr_seq,
+            log_window_bytes: LOG_WINDOW,
+            heartbeat_interval_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
+        })),
+    };
+    let tell = |event| {
+        let events = events.clone();
+        async move { events.send((number, event)).await }
+    };
+    let violation = tokio::select! {
+        violation = read_all(read, dialled.decoder, &protocol, &log, acks, &tell) => violation,
+        () = write_all(write, welcome, inbox, pending_acks, &protocol) => None,
+    };
+    let _ = tell(SessionEvent::Closed(violation)).await;
+}
+
+fn locked(protocol: &Mutex<Protocol>) -> std::sync::MutexGuard<'_, Protocol> {
+    protocol.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn read_all<F>(
+    mut read: OwnedReadHalf,
+    mut decoder: Decoder,
+    protocol: &Mutex<Protocol>,
+    log: &LogSink,
+    acks: mpsc::Sender<Stored>,
+    tell: &impl Fn(SessionEvent) -> F,
+) -> Option<Violation>
+where
+    F: Future<Output = Result<(), mpsc::error::SendError<(u64, SessionEvent)>>>,
+{
+    let mut buffer = vec![0; READ_STEP];
+    let mut told_complete = false;
+    loop {
+        let mut output: Vec<LogRecord> = Vec::new();
+        let mut others = Vec::new();
+        let mut problem = None;
+        loop {
+            match decoder.next::<GuestMessage>() {
+                Ok(None) => break,
+                Ok(Some(message)) => match locked(protocol).take(message) {
+                    Ok(Step::Log(record)) => output.push(record),
+                    Ok(Step::Heartbeat) => others.push(SessionEvent::Heartbeat),
+                    Ok(Step::Ready { message }) => others.push(SessionEvent::Ready { message }),
+                    Ok(Step::Exit { how, oom_killed, start_error }) => {
+                        others.push(SessionEvent::Exit { how, oom_killed, start_error });
+                    }
+                    Err(violation) => problem = Some(violation),
+                },
+                Err(error) => problem = Some(Violation(error.to_string())),
+            }
+            if problem.is_some() {
+                break;
+            }
+        }
+        if !output.is_empty() {
+            let stored = log.append(output).await;
+            if acks.send(stored).await.is_err() {
+                return None;
+            }
+        }
+        others.dedup_by(|a, b| matches!((a, b), (SessionEvent::Heartbeat, SessionEvent::Heartbeat)));
+        for event in others {
+            tell(event).await.ok()?;
+        }
+        if !told_complete && locked(protocol).is_exit_complete() {
+            told_complete = true;
+            tell(SessionEvent::ExitComplete).await.ok()?;
+        }
+        if problem.is_some() {
+            return problem;
+        }
+        let limit = if decoder.pending() > 0 { FRAME_LIMIT } else { Duration::MAX };
+        match tokio::time::timeout(limit, read.read(&mut buffer)).await {
+            Ok(Ok(0) | Err(_)) => return None,
+            Ok(Ok(length)) => decoder.push(&buffer[..length]),
+            Err(_) => return Some(Violation("a frame was begun and not finished".to_owned())),
+        }
+    }
+}
+
+async fn write_all(
+    mut write: OwnedWriteHalf,
+    welcome: HostMessage,
+    mut inbox: mpsc::Receiver<Vec<HostMessage>>,
+    mut acks: mpsc::Receiver<Stored>,
+    protocol: &Mutex<Protocol>,
+) {
+    let mut frames = Vec::new();
+    frame::encode(&welcome, &mut frames);
+    let mut told = Stored::default();
+    loop {
+        match tokio::time::timeout(WRITE_LIMIT, write.write_all(&frames)).await {
+            Ok(Ok(())) => frames.clear(),
+            Ok(Err(_)) | Err(_) => return,
+        }
+        tokio::select! {
+            biased;
+            Some(mut stored) = acks.recv() => {
+                while let Ok(newer) = acks.try_recv() {
+                    stored = newer;
+                }
+                for (stream, wire) in [(Stream::Stdout, guest::Stream::Stdout), (Stream::Stderr, guest::Stream::Stderr)] {
+                    if stored.of(stream) != told.of(stream) {
+                        let ack = LogAck { stream: wire.into(), seq: stored.of(stream) };
+                        frame::encode(&HostMessage { kind: Some(Kind::LogAck(ack)) }, &mut frames);
+                    }
+                }
+                told = stored;
+            }
+            Some(messages) = inbox.recv() => {
+                for message in &messages {
+                    if matches!(message.kind, Some(Kind::Start(_))) {
+                        locked(protocol).note_start();
+                    }
+                    frame::encode(message, &mut frames);
+                }
+            }
+            else => return,
+        }
+    }
+}
