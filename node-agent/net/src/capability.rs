@@ -11,17 +11,28 @@ const CAP_NET_ADMIN: u32 = 12;
 #[derive(Debug, thiserror::Error)]
 pub enum NoNic {
     /// The process may not change networks.
-    #[error("no NIC for guests: far-node lacks {missing}; run it as root, or: sudo setcap cap_net_admin,cap_sys_admin+ep <far-node>")]
+    #[error("no NIC for guests: far-node lacks {missing}")]
     Capability {
         /// `CAP_NET_ADMIN` or `CAP_SYS_ADMIN`.
         missing: &'static str,
     },
     /// The kernel has no taps.
-    #[error("no NIC for guests: /dev/net/tun cannot be opened ({source}); try: sudo modprobe tun")]
+    #[error("no NIC for guests: /dev/net/tun cannot be opened ({source})")]
     Tun {
         /// Why.
         source: io::Error,
     },
+}
+
+impl NoNic {
+    /// The command, or the act, that cures the lack.
+    #[must_use]
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Capability { .. } => "run far-node as root, or: sudo setcap cap_net_admin,cap_sys_admin+ep \"$(command -v far-node)\"",
+            Self::Tun { .. } => "sudo modprobe tun",
+        }
+    }
 }
 
 /// Ok where taps can be made in an own network namespace.

@@ -2,11 +2,17 @@
 //!
 //! The library is what far-node and `far doctor` use; the binary `far-vmm` is one process per VM.
 
+#![deny(unsafe_code)]
+
 pub mod additions;
 pub mod config;
 pub mod control;
 pub mod exit;
 pub mod probe;
+pub mod pvh;
+pub mod sys;
+
+mod command;
 
 pub use additions::Additions;
 pub use config::VmConfig;
