@@ -1,0 +1,278 @@
+//! Real boots: far-init as the first process of a QEMU microvm (TCG), with the boot kit's kernel, a squashfs image and
+//! vhost-device-vsock. Skipped by name where one of them is missing.
+
+mod common;
+
+use common::{Blade, Child, Event};
+use far_proto::guest::{EnvVar, Exit, ExitAck, Stage, exit::How, host_message::Kind as ToGuest};
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// What a real boot needs.
+struct Parts {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    vhost_vsock: PathBuf,
+    qemu: PathBuf,
+    mksquashfs: PathBuf,
+}
+
+/// Each part, or the name of the first that is missing.
+fn parts() -> Result<Parts, String> {
+    let home = PathBuf::from(std::env::var_os("HOME").unwrap_or_default());
+    let cache = std::env::var_os("FAR_CACHE").map_or_else(|| home.join(".cache/far"), PathBuf::from);
+    let kit = std::env::var_os("FAR_BOOT_KIT").map_or_else(|| cache.join("guest"), PathBuf::from);
+    let existing = |path: PathBuf, what: &str| if path.is_file() { Ok(path) } else { Err(format!("{what} ({})", path.display())) };
+    let vhost_vsock = match std::env::var_os("FAR_VHOST_VSOCK").map(PathBuf::from).or_else(|| on_path("vhost-device-vsock")) {
+        Some(path) => path,
+        None => cache.join("vhost/bin/vhost-device-vsock"),
+    };
+    Ok(Parts {
+        kernel: existing(kit.join("vmlinux"), "the boot kit's kernel, made by `make guest`")?,
+        initramfs: existing(kit.join("initramfs.cpio"), "the boot kit's initramfs, made by `make guest`")?,
+        vhost_vsock: existing(vhost_vsock, "vhost-device-vsock")?,
+        qemu: on_path("qemu-system-x86_64").ok_or("qemu-system-x86_64")?,
+        mksquashfs: on_path("mksquashfs").ok_or("mksquashfs")?,
+    })
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+}
+
+/// A VM before or after its start.
+struct Vm {
+    folder: tempfile::TempDir,
+    blade: Blade,
+    parts: Parts,
+    machine: Option<(Child, Child)>,
+    memory_mib: u32,
+}
+
+fn vm(test: &str, args: &[&str]) -> Option<Vm> {
+    let parts = match parts() {
+        Ok(parts) => parts,
+        Err(missing) => {
+            common::skip(test, &missing);
+            return None;
+        }
+    };
+    let folder = tempfile::Builder::new().prefix("far").tempdir().unwrap();
+    let image = folder.path().join("image");
+    fs::create_dir_all(image.join("bin")).unwrap();
+    fs::copy(common::guest_programs().unwrap().join("far-payload"), image.join("bin/payload")).unwrap();
+    let blade = Blade::listen(&folder.path().join("v.sock_5000"), "/bin/payload", args).unwrap();
+    Some(Vm { folder, blade, parts, machine: None, memory_mib: 128 })
+}
+
+impl Vm {
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.at("console")).unwrap_or_default()).into_owned()
+    }
+
+    fn make_image(&self) {
+        let made = Command::new(&self.parts.mksquashfs)
+            .arg(self.at("image"))
+            .arg(self.at("image.squashfs"))
+            .args(["-quiet", "-no-progress", "-all-root", "-comp", "zstd"])
+            .stdout(Stdio::null())
+            .status();
+        assert!(made.unwrap().success());
+    }
+
+    fn start(&mut self) {
+        if !self.at("image.squashfs").exists() {
+            self.make_image();
+        }
+        // A second archive behind the kit's: its /init replaces the kit's.
+        let mut initramfs = fs::read(&self.parts.initramfs).unwrap();
+        let init = fs::read(common::guest_programs().unwrap().join("far-init")).unwrap();
+        append_init(&mut initramfs, &init);
+        fs::write(self.at("initramfs"), initramfs).unwrap();
+        let vhost = Command::new(&self.parts.vhost_vsock)
+            .args(["--guest-cid", "3", "--socket"])
+            .arg(self.at("vhost.sock"))
+            .arg("--uds-path")
+            .arg(self.at("v.sock"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let vhost = Child(vhost.unwrap());
+        wait_until("the vsock daemon listens", || self.at("vhost.sock").exists());
+        let qemu = Command::new(&self.parts.qemu)
+            .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-accel", "tcg", "-cpu", "max"])
+            .args(["-M", "microvm,memory-backend=mem0", "-m", &self.memory_mib.to_string()])
+            .args(["-object", &format!("memory-backend-memfd,id=mem0,size={}M,share=on", self.memory_mib)])
+            .args(["-serial", &format!("file:{}", self.at("console").display())])
+            .args(["-chardev", &format!("socket,id=vs0,path={}", self.at("vhost.sock").display())])
+            .args(["-device", "vhost-user-vsock-device,chardev=vs0"])
+            .args(["-drive", &format!("id=root,if=none,format=raw,readonly=on,file={}", self.at("image.squashfs").display())])
+            .args(["-device", "virtio-blk-device,drive=root"])
+            .args(["-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-device,netdev=n0,mac=06:00:00:00:00:02"])
+            .arg("-kernel")
+            .arg(&self.parts.kernel)
+            .arg("-initrd")
+            .arg(self.at("initramfs"))
+            .args(["-append", &command_line()])
+            .stdin(Stdio::null())
+            .spawn();
+        self.machine = Some((Child(qemu.unwrap()), vhost));
+    }
+
+    /// Runs to the acknowledged exit and to the end of the VM.
+    fn run(&mut self) -> Exit {
+        self.start();
+        let exit = self.blade.serve().unwrap_or_else(|error| panic!("{error:#}; console:\n{}", self.console()));
+        self.ends_well();
+        exit
+    }
+
+    fn ends_well(&mut self) {
+        let (qemu, _) = self.machine.as_mut().unwrap();
+        assert!(qemu.wait().unwrap().success(), "console:\n{}", self.console());
+        assert!(!self.console().contains("Kernel panic"), "console:\n{}", self.console());
+    }
+}
+
+fn command_line() -> String {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let mhz = cpu.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(": ")?.1.parse::<f64>().ok());
+    // TCG's rdtsc is the host's, and microvm has no other clock to measure it by.
+    format!(
+        "rdinit=/init console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check cryptomgr.notests mitigations=off tsc_early_khz={:.0}",
+        mhz.unwrap_or(2000.0) * 1000.0
+    )
+}
+
+/// Appends a newc archive with one executable file, `init` (Documentation/driver-api/early-userspace/buffer-format.rst).
+fn append_init(archive: &mut Vec<u8>, init: &[u8]) {
+    archive.resize(archive.len().next_multiple_of(512), 0);
+    for (name, mode, data) in [("init", 0o100_755, init), ("TRAILER!!!", 0, &[][..])] {
+        let fields = [7, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        write!(archive, "070701").unwrap();
+        fields.iter().for_each(|field| write!(archive, "{field:08x}").unwrap());
+        write!(archive, "{name}\0").unwrap();
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+}
+
+fn wait_until(what: &str, predicate: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !predicate() {
+        assert!(start.elapsed().as_secs() < 60, "{what}: not within 60 s");
+        nix::poll::poll(&mut [], 10_u16).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
+    let args = ["out=hello from the guest", "err=and its stderr", "cat=/proc/self/cgroup", "cat=/proc/self/oom_score_adj", "cat=/proc/sys/kernel/hostname", "stat=/dev/null", "stat=/tmp", "exit=0"];
+    let Some(mut vm) = vm("a_guest_says_hello_runs_its_payload_and_ends_with_exit_0", &args) else { return };
+    vm.blade.config.hostname = "embedder-worker-01".into();
+    vm.blade.config.entropy = vec![0x5a; 64];
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    vm.blade.config.wall_time_unix_ns = now;
+    vm.blade.config.nic = Some(far_proto::guest::Nic {
+        mac: vec![6, 0, 0, 0, 0, 2],
+        addresses: vec!["10.0.2.15/24".into(), "fd00::2/64".into()],
+        gateways: vec!["10.0.2.2".into(), "fd00::1".into()],
+        name_servers: vec!["10.0.2.3".into()],
+        mtu: 1400,
+    });
+    let exit = vm.run();
+    let out = vm.blade.text(0);
+    assert_eq!(exit.how, Some(How::Code(0)), "{out}\n{}", vm.blade.text(1));
+    assert!(out.starts_with("hello from the guest\n0::/payload\n0\nembedder-worker-01\n/dev/null mode=666"), "{out}");
+    assert!(out.ends_with("/tmp mode=1777 uid=0 size=40\n"), "{out}");
+    assert_eq!(vm.blade.text(1), "and its stderr\n");
+    let ready = vm.blade.ready.as_ref().unwrap();
+    assert_eq!(ready.warnings, [""; 0]);
+    assert!(exit.finished_unix_ns >= now, "the clock was set");
+    assert!(!exit.oom_killed);
+    for stage in &ready.stages {
+        eprintln!("{:>8}: {:.3} s after the kernel's start", stage.stage, stage.boot_ns as f64 / 1e9);
+    }
+}
+
+#[test]
+fn exit_3_of_a_guest_is_exit_3() {
+    let Some(mut vm) = vm("exit_3_of_a_guest_is_exit_3", &["out=bad news", "exit=3"]) else { return };
+    let exit = vm.run();
+    assert_eq!((exit.how, exit.start_error.as_str()), (Some(How::Code(3)), ""));
+}
+
+#[test]
+fn a_guest_dials_again_and_loses_and_repeats_nothing() {
+    let Some(mut vm) = vm("a_guest_dials_again_and_loses_and_repeats_nothing", &["count-to=60", "err=done", "exit=0"]) else { return };
+    vm.start();
+    for stage in [Stage::WaitingForConfig, Stage::Running] {
+        let mut connection = vm.blade.accept().unwrap();
+        assert_eq!(vm.blade.hellos.last().unwrap().stage(), stage);
+        let before = vm.blade.stored[0].1;
+        while vm.blade.stored[0].1 < before + 5 {
+            vm.blade.step(&mut connection).unwrap().unwrap();
+        }
+    }
+    let exit = vm.blade.serve().unwrap();
+    vm.ends_well();
+    assert_eq!(exit.how, Some(How::Code(0)));
+    let expected: String = (1..=60).map(|n| format!("line {n}\n")).collect();
+    assert_eq!((vm.blade.text(0), vm.blade.text(1)), (expected, "done\n".into()));
+}
+
+#[test]
+fn a_payload_that_takes_all_memory_is_reported_as_oom_killed() {
+    let Some(mut vm) = vm("a_payload_that_takes_all_memory_is_reported_as_oom_killed", &["out=hungry", "eat-memory"]) else { return };
+    let exit = vm.run();
+    assert_eq!((exit.how, exit.oom_killed), (Some(How::Signal(9)), true));
+    assert_eq!(vm.blade.text(0), "hungry\n");
+}
+
+#[test]
+fn a_payload_that_kills_pid_1_and_leaves_orphans_still_gets_its_exit_reported() {
+    const NAME: &str = "a_payload_that_kills_pid_1_and_leaves_orphans_still_gets_its_exit_reported";
+    let Some(mut vm) = vm(NAME, &["kill-init", "orphan=3600000", "out=alive", "exit=9"]) else { return };
+    assert_eq!(vm.run().how, Some(How::Code(9)));
+    assert_eq!(vm.blade.text(0), "alive\n");
+}
+
+#[test]
+fn an_image_that_is_no_squashfs_is_told_as_a_start_error() {
+    let Some(mut vm) = vm("an_image_that_is_no_squashfs_is_told_as_a_start_error", &["out=never"]) else { return };
+    fs::write(vm.at("image.squashfs"), vec![0x55; 1 << 20]).unwrap();
+    let exit = vm.run();
+    assert!(exit.start_error.starts_with("spec.image: mounting squashfs on /run/far/image"), "{}", exit.start_error);
+}
+
+#[test]
+fn environment_and_files_reach_a_real_guest() {
+    let Some(mut vm) = vm("environment_and_files_reach_a_real_guest", &["env=TOKEN", "cat=/task/notes.md", "stat=/task/notes.md"]) else { return };
+    vm.blade.config.user = "4711:12".into();
+    vm.blade.config.env = vec![EnvVar { name: "TOKEN".into(), value: "s3cret".into() }];
+    vm.blade.files = vec![("/task/notes.md".into(), 0o440, b"# Notes\n".to_vec())];
+    vm.start();
+    let mut connection = vm.blade.accept().unwrap();
+    let exit = loop {
+        match vm.blade.step(&mut connection).unwrap() {
+            Some(Event::Exit(exit)) => break exit,
+            Some(_) => {}
+            None => panic!("{}", vm.console()),
+        }
+    };
+    connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
+    vm.ends_well();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", vm.blade.text(1));
+    assert_eq!(vm.blade.text(0), "TOKEN=s3cret\n# Notes\n/task/notes.md mode=440 uid=4711 size=8\n");
+    assert!(!vm.console().contains("s3cret"), "no secret on the console");
+}
