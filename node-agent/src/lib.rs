@@ -2,9 +2,14 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod api;
 pub mod board;
+pub mod capacity;
+pub mod client;
 pub mod clock;
 pub mod control;
+pub mod direct_host;
+pub mod epoch;
 mod files;
 pub mod host;
 pub mod ledger;
@@ -15,5 +20,6 @@ pub mod outcome;
 pub mod record;
 pub mod spec;
 pub mod supervisor;
+mod wire;
 
 pub use log_sink::LogSignal;
