@@ -5,14 +5,17 @@
 #![deny(unsafe_code)]
 
 pub mod additions;
+pub mod backend;
 pub mod config;
 pub mod control;
 pub mod exit;
 pub mod probe;
 pub mod pvh;
+pub mod run;
 pub mod sys;
 
 mod command;
+mod console;
 
 pub use additions::Additions;
 pub use config::VmConfig;
