@@ -16,6 +16,14 @@ use std::{
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
+/// Inode numbers of the machine's first namespaces (include/linux/proc_ns.h); the first mount namespace had an ordinary
+/// number, the lowest there is, on older kernels.
+const FIRST_NAMESPACES: [(&str, [u32; 2]); 3] = [
+    ("mnt", [0xefff_fff8, 0xf000_0000]),
+    ("pid", [0xefff_fffc; 2]),
+    ("uts", [0xefff_fffe; 2]),
+];
+
 /// Where the machine's root is and whether the whole machine is ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -86,28 +94,29 @@ impl Place {
         Ok(Self::Guest)
     }
 
-    /// In own namespaces the outer /proc is still mounted, and its process 1 lives in the host's namespaces.
+    /// A namespace is own when it is not the machine's first one and no process outside (seen through the outer /proc,
+    /// which is still mounted) lives in it, the parent aside: `unshare` itself enters what it makes.
     fn claim_test_root(folder: Option<OsString>) -> Result<Self, Refusal> {
         let folder = PathBuf::from(folder.ok_or(Refusal::TestRoot)?);
         if !folder.is_absolute() || folder == Path::new("/") || !folder.is_dir() {
             return Err(Refusal::TestRoot);
         }
-        let read = |path: String| {
-            fs::read_link(&path).map_err(|source| Refusal::Unknown {
-                path: path.into(),
-                source,
-            })
+        let unknown = |path: &str| {
+            let path = PathBuf::from(path);
+            move |source| Refusal::Unknown { path, source }
         };
-        for kind in ["mnt", "pid", "uts"] {
-            if read(format!("/proc/self/ns/{kind}"))? == read(format!("/proc/1/ns/{kind}"))? {
+        for (kind, first) in FIRST_NAMESPACES {
+            let path = format!("/proc/self/ns/{kind}");
+            let own = fs::read_link(&path).map_err(unknown(&path))?;
+            let is_first = first
+                .iter()
+                .any(|number| own == Path::new(&format!("{kind}:[{number}]")));
+            if is_first || outsiders_share(kind, &own) {
                 return Err(Refusal::SharedNamespace { kind });
             }
         }
-        let path = Path::new("/proc/self/mountinfo");
-        let table = fs::read_to_string(path).map_err(|source| Refusal::Unknown {
-            path: path.into(),
-            source,
-        })?;
+        let path = "/proc/self/mountinfo";
+        let table = fs::read_to_string(path).map_err(unknown(path))?;
         if root_is_shared(&table) {
             return Err(Refusal::SharedMounts);
         }
@@ -126,6 +135,28 @@ impl Place {
             Self::TestRoot(root) => root.join(path.trim_start_matches('/')),
         }
     }
+}
+
+/// Whether a process other than this one and its parent is in the namespace `own`. Nobody else can be in ours yet.
+fn outsiders_share(kind: &str, own: &Path) -> bool {
+    // Ids as the outer /proc counts them.
+    let family: Vec<String> = fs::read_to_string("/proc/self/status")
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.strip_prefix("Pid:").or_else(|| line.strip_prefix("PPid:")))
+        .map(|id| id.trim().to_owned())
+        .collect();
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return true;
+    };
+    processes
+        .flatten()
+        .filter(|entry| !family.iter().any(|id| entry.file_name() == id.as_str()))
+        // Only processes: `self` and `thread-self` are this one.
+        .filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))
+        // Those that are gone by now or hidden cannot be asked.
+        .filter_map(|entry| fs::read_link(entry.path().join("ns").join(kind)).ok())
+        .any(|other| other == own)
 }
 
 /// Whether the mount at `/` in a `mountinfo` table (proc_pid_mountinfo(5)) passes mounts on to other namespaces.

@@ -27,14 +27,26 @@ fn parts() -> Result<Parts, String> {
     let home = PathBuf::from(std::env::var_os("HOME").unwrap_or_default());
     let cache = std::env::var_os("FAR_CACHE").map_or_else(|| home.join(".cache/far"), PathBuf::from);
     let kit = std::env::var_os("FAR_BOOT_KIT").map_or_else(|| cache.join("guest"), PathBuf::from);
-    let existing = |path: PathBuf, what: &str| if path.is_file() { Ok(path) } else { Err(format!("{what} ({})", path.display())) };
-    let vhost_vsock = match std::env::var_os("FAR_VHOST_VSOCK").map(PathBuf::from).or_else(|| on_path("vhost-device-vsock")) {
+    let existing = |path: PathBuf, what: &str| {
+        if path.is_file() {
+            Ok(path)
+        } else {
+            Err(format!("{what} ({})", path.display()))
+        }
+    };
+    let vhost_vsock = match std::env::var_os("FAR_VHOST_VSOCK")
+        .map(PathBuf::from)
+        .or_else(|| on_path("vhost-device-vsock"))
+    {
         Some(path) => path,
         None => cache.join("vhost/bin/vhost-device-vsock"),
     };
     Ok(Parts {
         kernel: existing(kit.join("vmlinux"), "the boot kit's kernel, made by `make guest`")?,
-        initramfs: existing(kit.join("initramfs.cpio"), "the boot kit's initramfs, made by `make guest`")?,
+        initramfs: existing(
+            kit.join("initramfs.cpio"),
+            "the boot kit's initramfs, made by `make guest`",
+        )?,
         vhost_vsock: existing(vhost_vsock, "vhost-device-vsock")?,
         qemu: on_path("qemu-system-x86_64").ok_or("qemu-system-x86_64")?,
         mksquashfs: on_path("mksquashfs").ok_or("mksquashfs")?,
@@ -42,7 +54,9 @@ fn parts() -> Result<Parts, String> {
 }
 
 fn on_path(name: &str) -> Option<PathBuf> {
-    std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
 }
 
 /// A VM before or after its start.
@@ -65,9 +79,19 @@ fn vm(test: &str, args: &[&str]) -> Option<Vm> {
     let folder = tempfile::Builder::new().prefix("far").tempdir().unwrap();
     let image = folder.path().join("image");
     fs::create_dir_all(image.join("bin")).unwrap();
-    fs::copy(common::guest_programs().unwrap().join("far-payload"), image.join("bin/payload")).unwrap();
+    fs::copy(
+        common::guest_programs().unwrap().join("far-payload"),
+        image.join("bin/payload"),
+    )
+    .unwrap();
     let blade = Blade::listen(&folder.path().join("v.sock_5000"), "/bin/payload", args).unwrap();
-    Some(Vm { folder, blade, parts, machine: None, memory_mib: 128 })
+    Some(Vm {
+        folder,
+        blade,
+        parts,
+        machine: None,
+        memory_mib: 128,
+    })
 }
 
 impl Vm {
@@ -109,15 +133,41 @@ impl Vm {
         let vhost = Child(vhost.unwrap());
         wait_until("the vsock daemon listens", || self.at("vhost.sock").exists());
         let qemu = Command::new(&self.parts.qemu)
-            .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-accel", "tcg", "-cpu", "max"])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-nographic",
+                "-no-reboot",
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max",
+            ])
             .args(["-M", "microvm,memory-backend=mem0", "-m", &self.memory_mib.to_string()])
-            .args(["-object", &format!("memory-backend-memfd,id=mem0,size={}M,share=on", self.memory_mib)])
+            .args([
+                "-object",
+                &format!("memory-backend-memfd,id=mem0,size={}M,share=on", self.memory_mib),
+            ])
             .args(["-serial", &format!("file:{}", self.at("console").display())])
-            .args(["-chardev", &format!("socket,id=vs0,path={}", self.at("vhost.sock").display())])
+            .args([
+                "-chardev",
+                &format!("socket,id=vs0,path={}", self.at("vhost.sock").display()),
+            ])
             .args(["-device", "vhost-user-vsock-device,chardev=vs0"])
-            .args(["-drive", &format!("id=root,if=none,format=raw,readonly=on,file={}", self.at("image.squashfs").display())])
+            .args([
+                "-drive",
+                &format!(
+                    "id=root,if=none,format=raw,readonly=on,file={}",
+                    self.at("image.squashfs").display()
+                ),
+            ])
             .args(["-device", "virtio-blk-device,drive=root"])
-            .args(["-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-device,netdev=n0,mac=06:00:00:00:00:02"])
+            .args([
+                "-netdev",
+                "user,id=n0,restrict=on",
+                "-device",
+                "virtio-net-device,netdev=n0,mac=06:00:00:00:00:02",
+            ])
             .arg("-kernel")
             .arg(&self.parts.kernel)
             .arg("-initrd")
@@ -131,7 +181,10 @@ impl Vm {
     /// Runs to the acknowledged exit and to the end of the VM.
     fn run(&mut self) -> Exit {
         self.start();
-        let exit = self.blade.serve().unwrap_or_else(|error| panic!("{error:#}; console:\n{}", self.console()));
+        let exit = self
+            .blade
+            .serve()
+            .unwrap_or_else(|error| panic!("{error:#}; console:\n{}", self.console()));
         self.ends_well();
         exit
     }
@@ -145,7 +198,9 @@ impl Vm {
 
 fn command_line() -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap();
-    let mhz = cpu.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(": ")?.1.parse::<f64>().ok());
+    let mhz = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("cpu MHz")?.split_once(": ")?.1.parse::<f64>().ok());
     // TCG's rdtsc is the host's, and microvm has no other clock to measure it by.
     format!(
         "rdinit=/init console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check cryptomgr.notests mitigations=off tsc_early_khz={:.0}",
@@ -177,8 +232,19 @@ fn wait_until(what: &str, predicate: impl Fn() -> bool) {
 
 #[test]
 fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
-    let args = ["out=hello from the guest", "err=and its stderr", "cat=/proc/self/cgroup", "cat=/proc/self/oom_score_adj", "cat=/proc/sys/kernel/hostname", "stat=/dev/null", "stat=/tmp", "exit=0"];
-    let Some(mut vm) = vm("a_guest_says_hello_runs_its_payload_and_ends_with_exit_0", &args) else { return };
+    let args = [
+        "out=hello from the guest",
+        "err=and its stderr",
+        "cat=/proc/self/cgroup",
+        "cat=/proc/self/oom_score_adj",
+        "cat=/proc/sys/kernel/hostname",
+        "stat=/dev/null",
+        "stat=/tmp",
+        "exit=0",
+    ];
+    let Some(mut vm) = vm("a_guest_says_hello_runs_its_payload_and_ends_with_exit_0", &args) else {
+        return;
+    };
     vm.blade.config.hostname = "embedder-worker-01".into();
     vm.blade.config.entropy = vec![0x5a; 64];
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
@@ -193,7 +259,10 @@ fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
     let exit = vm.run();
     let out = vm.blade.text(0);
     assert_eq!(exit.how, Some(How::Code(0)), "{out}\n{}", vm.blade.text(1));
-    assert!(out.starts_with("hello from the guest\n0::/payload\n0\nembedder-worker-01\n/dev/null mode=666"), "{out}");
+    assert!(
+        out.starts_with("hello from the guest\n0::/payload\n0\nembedder-worker-01\n/dev/null mode=666"),
+        "{out}"
+    );
     assert!(out.ends_with("/tmp mode=1777 uid=0 size=40\n"), "{out}");
     assert_eq!(vm.blade.text(1), "and its stderr\n");
     let ready = vm.blade.ready.as_ref().unwrap();
@@ -201,20 +270,31 @@ fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
     assert!(exit.finished_unix_ns >= now, "the clock was set");
     assert!(!exit.oom_killed);
     for stage in &ready.stages {
-        eprintln!("{:>8}: {:.3} s after the kernel's start", stage.stage, stage.boot_ns as f64 / 1e9);
+        eprintln!(
+            "{:>8}: {:.3} s after the kernel's start",
+            stage.stage,
+            stage.boot_ns as f64 / 1e9
+        );
     }
 }
 
 #[test]
 fn exit_3_of_a_guest_is_exit_3() {
-    let Some(mut vm) = vm("exit_3_of_a_guest_is_exit_3", &["out=bad news", "exit=3"]) else { return };
+    let Some(mut vm) = vm("exit_3_of_a_guest_is_exit_3", &["out=bad news", "exit=3"]) else {
+        return;
+    };
     let exit = vm.run();
     assert_eq!((exit.how, exit.start_error.as_str()), (Some(How::Code(3)), ""));
 }
 
 #[test]
 fn a_guest_dials_again_and_loses_and_repeats_nothing() {
-    let Some(mut vm) = vm("a_guest_dials_again_and_loses_and_repeats_nothing", &["count-to=60", "err=done", "exit=0"]) else { return };
+    let Some(mut vm) = vm(
+        "a_guest_dials_again_and_loses_and_repeats_nothing",
+        &["count-to=60", "err=done", "exit=0"],
+    ) else {
+        return;
+    };
     vm.start();
     for stage in [Stage::WaitingForConfig, Stage::Running] {
         let mut connection = vm.blade.accept().unwrap();
@@ -233,7 +313,12 @@ fn a_guest_dials_again_and_loses_and_repeats_nothing() {
 
 #[test]
 fn a_payload_that_takes_all_memory_is_reported_as_oom_killed() {
-    let Some(mut vm) = vm("a_payload_that_takes_all_memory_is_reported_as_oom_killed", &["out=hungry", "eat-memory"]) else { return };
+    let Some(mut vm) = vm(
+        "a_payload_that_takes_all_memory_is_reported_as_oom_killed",
+        &["out=hungry", "eat-memory"],
+    ) else {
+        return;
+    };
     let exit = vm.run();
     assert_eq!((exit.how, exit.oom_killed), (Some(How::Signal(9)), true));
     assert_eq!(vm.blade.text(0), "hungry\n");
@@ -242,24 +327,41 @@ fn a_payload_that_takes_all_memory_is_reported_as_oom_killed() {
 #[test]
 fn a_payload_that_kills_pid_1_and_leaves_orphans_still_gets_its_exit_reported() {
     const NAME: &str = "a_payload_that_kills_pid_1_and_leaves_orphans_still_gets_its_exit_reported";
-    let Some(mut vm) = vm(NAME, &["kill-init", "orphan=3600000", "out=alive", "exit=9"]) else { return };
+    let Some(mut vm) = vm(NAME, &["kill-init", "orphan=3600000", "out=alive", "exit=9"]) else {
+        return;
+    };
     assert_eq!(vm.run().how, Some(How::Code(9)));
     assert_eq!(vm.blade.text(0), "alive\n");
 }
 
 #[test]
 fn an_image_that_is_no_squashfs_is_told_as_a_start_error() {
-    let Some(mut vm) = vm("an_image_that_is_no_squashfs_is_told_as_a_start_error", &["out=never"]) else { return };
+    let Some(mut vm) = vm("an_image_that_is_no_squashfs_is_told_as_a_start_error", &["out=never"]) else {
+        return;
+    };
     fs::write(vm.at("image.squashfs"), vec![0x55; 1 << 20]).unwrap();
     let exit = vm.run();
-    assert!(exit.start_error.starts_with("spec.image: mounting squashfs on /run/far/image"), "{}", exit.start_error);
+    assert!(
+        exit.start_error
+            .starts_with("spec.image: mounting squashfs on /run/far/image"),
+        "{}",
+        exit.start_error
+    );
 }
 
 #[test]
 fn environment_and_files_reach_a_real_guest() {
-    let Some(mut vm) = vm("environment_and_files_reach_a_real_guest", &["env=TOKEN", "cat=/task/notes.md", "stat=/task/notes.md"]) else { return };
+    let Some(mut vm) = vm(
+        "environment_and_files_reach_a_real_guest",
+        &["env=TOKEN", "cat=/task/notes.md", "stat=/task/notes.md"],
+    ) else {
+        return;
+    };
     vm.blade.config.user = "4711:12".into();
-    vm.blade.config.env = vec![EnvVar { name: "TOKEN".into(), value: "s3cret".into() }];
+    vm.blade.config.env = vec![EnvVar {
+        name: "TOKEN".into(),
+        value: "s3cret".into(),
+    }];
     vm.blade.files = vec![("/task/notes.md".into(), 0o440, b"# Notes\n".to_vec())];
     vm.start();
     let mut connection = vm.blade.accept().unwrap();
@@ -273,6 +375,9 @@ fn environment_and_files_reach_a_real_guest() {
     connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
     vm.ends_well();
     assert_eq!(exit.how, Some(How::Code(0)), "{}", vm.blade.text(1));
-    assert_eq!(vm.blade.text(0), "TOKEN=s3cret\n# Notes\n/task/notes.md mode=440 uid=4711 size=8\n");
+    assert_eq!(
+        vm.blade.text(0),
+        "TOKEN=s3cret\n# Notes\n/task/notes.md mode=440 uid=4711 size=8\n"
+    );
     assert!(!vm.console().contains("s3cret"), "no secret on the console");
 }

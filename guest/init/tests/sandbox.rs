@@ -31,11 +31,23 @@ fn sandbox(test: &str, args: &[&str]) -> Option<Sandbox> {
     let image = folder.path().join("image");
     fs::create_dir_all(image.join("bin")).unwrap();
     fs::create_dir_all(image.join("etc")).unwrap();
-    fs::copy(common::guest_programs().unwrap().join("far-payload"), image.join("bin/payload")).unwrap();
-    fs::write(image.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/home/agent:/bin/sh\n").unwrap();
+    fs::copy(
+        common::guest_programs().unwrap().join("far-payload"),
+        image.join("bin/payload"),
+    )
+    .unwrap();
+    fs::write(
+        image.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/home/agent:/bin/sh\n",
+    )
+    .unwrap();
     fs::write(image.join("etc/group"), "agent:x:1000:\n").unwrap();
     let blade = Blade::listen(&folder.path().join("control.sock"), "/bin/payload", args).unwrap();
-    Some(Sandbox { folder, blade, init: None })
+    Some(Sandbox {
+        folder,
+        blade,
+        init: None,
+    })
 }
 
 impl Sandbox {
@@ -70,44 +82,88 @@ impl Sandbox {
 
 #[test]
 fn output_of_both_streams_and_the_exit_code_arrive() {
-    let Some(mut guest) = sandbox("output_of_both_streams_and_the_exit_code_arrive", &["out=hello", "err=oops", "exit=3"]) else { return };
+    let Some(mut guest) = sandbox(
+        "output_of_both_streams_and_the_exit_code_arrive",
+        &["out=hello", "err=oops", "exit=3"],
+    ) else {
+        return;
+    };
     let exit = guest.run();
     assert_eq!((exit.how, exit.start_error.as_str()), (Some(How::Code(3)), ""));
-    assert_eq!((guest.blade.text(0), guest.blade.text(1)), ("hello\n".into(), "oops\n".into()));
+    assert_eq!(
+        (guest.blade.text(0), guest.blade.text(1)),
+        ("hello\n".into(), "oops\n".into())
+    );
     let ready = guest.blade.ready.as_ref().unwrap();
     assert!(ready.pid > 1);
-    assert!(ready.stages.windows(2).all(|pair| pair[0].boot_ns <= pair[1].boot_ns), "{:?}", ready.stages);
+    assert!(
+        ready.stages.windows(2).all(|pair| pair[0].boot_ns <= pair[1].boot_ns),
+        "{:?}",
+        ready.stages
+    );
     assert_eq!(guest.blade.hellos[0].stage(), Stage::WaitingForConfig);
     assert!(exit.max_rss_kib > 0 && exit.finished_unix_ns > 0);
 }
 
 #[test]
 fn a_signal_is_reported_as_a_signal() {
-    let Some(mut guest) = sandbox("a_signal_is_reported_as_a_signal", &["out=before", "signal=15"]) else { return };
+    let Some(mut guest) = sandbox("a_signal_is_reported_as_a_signal", &["out=before", "signal=15"]) else {
+        return;
+    };
     assert_eq!(guest.run().how, Some(How::Signal(15)));
     assert_eq!(guest.blade.text(0), "before\n");
 }
 
 #[test]
 fn files_environment_and_user_are_as_asked_for() {
-    let args = ["env=GREETING", "env=HOME", "env=PATH", "cat=/run/secrets/key", "stat=/run/secrets/key", "stat=/task/empty"];
-    let Some(mut guest) = sandbox("files_environment_and_user_are_as_asked_for", &args) else { return };
+    let args = [
+        "env=GREETING",
+        "env=HOME",
+        "env=PATH",
+        "cat=/run/secrets/key",
+        "stat=/run/secrets/key",
+        "stat=/task/empty",
+    ];
+    let Some(mut guest) = sandbox("files_environment_and_user_are_as_asked_for", &args) else {
+        return;
+    };
     guest.blade.config.user = "agent".into();
-    guest.blade.config.env = vec![EnvVar { name: "GREETING".into(), value: "moin".into() }];
+    guest.blade.config.env = vec![EnvVar {
+        name: "GREETING".into(),
+        value: "moin".into(),
+    }];
     let key = b"secret\n".repeat(30_000);
-    guest.blade.files = vec![("/run/secrets/key".into(), 0o400, key.clone()), ("/task/empty".into(), 0o444, vec![])];
+    guest.blade.files = vec![
+        ("/run/secrets/key".into(), 0o400, key.clone()),
+        ("/task/empty".into(), 0o444, vec![]),
+    ];
     let exit = guest.run();
     assert_eq!(exit.how, Some(How::Code(0)), "{}", guest.blade.text(1));
     let text = guest.blade.text(0);
-    assert!(text.starts_with("GREETING=moin\nHOME=/home/agent\nPATH=/usr/local/sbin:"), "{}", &text[..200]);
+    assert!(
+        text.starts_with("GREETING=moin\nHOME=/home/agent\nPATH=/usr/local/sbin:"),
+        "{}",
+        &text[..200]
+    );
     assert!(text.contains(std::str::from_utf8(&key).unwrap()));
-    assert!(text.ends_with(&format!("/run/secrets/key mode=400 uid=1000 size={}\n/task/empty mode=444 uid=1000 size=0\n", key.len())));
-    assert!(!guest.image().join("task").exists(), "the image itself is never written");
+    assert!(text.ends_with(&format!(
+        "/run/secrets/key mode=400 uid=1000 size={}\n/task/empty mode=444 uid=1000 size=0\n",
+        key.len()
+    )));
+    assert!(
+        !guest.image().join("task").exists(),
+        "the image itself is never written"
+    );
 }
 
 #[test]
 fn a_lost_connection_is_dialled_again_without_gap_or_repeat() {
-    let Some(mut guest) = sandbox("a_lost_connection_is_dialled_again_without_gap_or_repeat", &["count-to=60", "exit=0"]) else { return };
+    let Some(mut guest) = sandbox(
+        "a_lost_connection_is_dialled_again_without_gap_or_repeat",
+        &["count-to=60", "exit=0"],
+    ) else {
+        return;
+    };
     guest.start();
     for stage in [Stage::WaitingForConfig, Stage::Running, Stage::Running] {
         let mut connection = guest.blade.accept().unwrap();
@@ -127,7 +183,9 @@ fn a_lost_connection_is_dialled_again_without_gap_or_repeat() {
 
 #[test]
 fn an_exit_that_was_not_acknowledged_is_told_again() {
-    let Some(mut guest) = sandbox("an_exit_that_was_not_acknowledged_is_told_again", &["out=x", "exit=7"]) else { return };
+    let Some(mut guest) = sandbox("an_exit_that_was_not_acknowledged_is_told_again", &["out=x", "exit=7"]) else {
+        return;
+    };
     guest.start();
     let mut first = guest.blade.accept().unwrap();
     let told = guest.blade.until_exit(&mut first).unwrap();
@@ -140,7 +198,12 @@ fn an_exit_that_was_not_acknowledged_is_told_again() {
 
 #[test]
 fn a_flood_waits_for_the_host_and_arrives_whole() {
-    let Some(mut guest) = sandbox("a_flood_waits_for_the_host_and_arrives_whole", &["flood=8388608", "exit=0"]) else { return };
+    let Some(mut guest) = sandbox(
+        "a_flood_waits_for_the_host_and_arrives_whole",
+        &["flood=8388608", "exit=0"],
+    ) else {
+        return;
+    };
     guest.blade.window = 4096;
     assert_eq!(guest.run().how, Some(How::Code(0)));
     let text = guest.blade.text(0);
@@ -150,7 +213,12 @@ fn a_flood_waits_for_the_host_and_arrives_whole() {
 
 #[test]
 fn an_orphan_that_holds_the_output_does_not_hold_the_exit() {
-    let Some(mut guest) = sandbox("an_orphan_that_holds_the_output_does_not_hold_the_exit", &["orphan=3600000", "exit=5"]) else { return };
+    let Some(mut guest) = sandbox(
+        "an_orphan_that_holds_the_output_does_not_hold_the_exit",
+        &["orphan=3600000", "exit=5"],
+    ) else {
+        return;
+    };
     assert_eq!(guest.run().how, Some(How::Code(5)));
 }
 
@@ -159,38 +227,87 @@ fn what_cannot_be_started_is_told_with_its_field() {
     const NAME: &str = "what_cannot_be_started_is_told_with_its_field";
     type Change = fn(&mut Sandbox);
     let cases: [(&str, u32, &str, Change); 11] = [
-        ("missing entrypoint", 127, "spec.entrypoint: /bin/none does not exist", |g| g.blade.config.entrypoint = "/bin/none".into()),
-        ("not executable", 126, "spec.entrypoint: /etc/passwd is not executable", |g| g.blade.config.entrypoint = "/etc/passwd".into()),
-        ("a folder", 126, "spec.entrypoint: /etc is not executable (it is a directory)", |g| g.blade.config.entrypoint = "/etc".into()),
-        ("no interpreter", 127, "spec.entrypoint: the interpreter of /bin/script", |g| {
-            let path = g.image().join("bin/script");
-            fs::write(&path, "#!/bin/nothing\n").unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-            g.blade.config.entrypoint = "/bin/script".into();
+        (
+            "missing entrypoint",
+            127,
+            "spec.entrypoint: /bin/none does not exist",
+            |g| g.blade.config.entrypoint = "/bin/none".into(),
+        ),
+        (
+            "not executable",
+            126,
+            "spec.entrypoint: /etc/passwd is not executable",
+            |g| g.blade.config.entrypoint = "/etc/passwd".into(),
+        ),
+        (
+            "a folder",
+            126,
+            "spec.entrypoint: /etc is not executable (it is a directory)",
+            |g| g.blade.config.entrypoint = "/etc".into(),
+        ),
+        (
+            "no interpreter",
+            127,
+            "spec.entrypoint: the interpreter of /bin/script",
+            |g| {
+                let path = g.image().join("bin/script");
+                fs::write(&path, "#!/bin/nothing\n").unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+                g.blade.config.entrypoint = "/bin/script".into();
+            },
+        ),
+        (
+            "no program at all",
+            126,
+            "spec.entrypoint: /bin/text is not executable (not a program",
+            |g| {
+                let path = g.image().join("bin/text");
+                fs::write(&path, "\0\0\0\0").unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+                g.blade.config.entrypoint = "/bin/text".into();
+            },
+        ),
+        (
+            "entrypoint leads outside",
+            127,
+            "spec.entrypoint: /bin/host does not exist",
+            |g| {
+                symlink("../../../../../../usr/bin/env", g.image().join("bin/host")).unwrap();
+                g.blade.config.entrypoint = "/bin/host".into();
+            },
+        ),
+        (
+            "unknown user",
+            126,
+            "spec.user: the image's /etc/passwd has no user \"ghost\"",
+            |g| g.blade.config.user = "ghost".into(),
+        ),
+        ("working directory", 126, "spec.workingDir: /nowhere", |g| {
+            g.blade.config.working_dir = "/nowhere".into()
         }),
-        ("no program at all", 126, "spec.entrypoint: /bin/text is not executable (not a program", |g| {
-            let path = g.image().join("bin/text");
-            fs::write(&path, "\0\0\0\0").unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-            g.blade.config.entrypoint = "/bin/text".into();
-        }),
-        ("entrypoint leads outside", 127, "spec.entrypoint: /bin/host does not exist", |g| {
-            symlink("../../../../../../usr/bin/env", g.image().join("bin/host")).unwrap();
-            g.blade.config.entrypoint = "/bin/host".into();
-        }),
-        ("unknown user", 126, "spec.user: the image's /etc/passwd has no user \"ghost\"", |g| g.blade.config.user = "ghost".into()),
-        ("working directory", 126, "spec.workingDir: /nowhere", |g| g.blade.config.working_dir = "/nowhere".into()),
         ("a name with =", 126, "spec.env[0].name", |g| {
-            g.blade.config.env = vec![EnvVar { name: "A=B".into(), value: String::new() }];
+            g.blade.config.env = vec![EnvVar {
+                name: "A=B".into(),
+                value: String::new(),
+            }];
         }),
-        ("a path that climbs", 126, "spec.files[0].path", |g| g.blade.files = vec![("/task/../etc/passwd".into(), 0o400, b"x".to_vec())]),
-        ("a path through a symlink", 126, "spec.files[0].path: placing \"/alias/x\"", |g| {
-            symlink("etc", g.image().join("alias")).unwrap();
-            g.blade.files = vec![("/alias/x".into(), 0o400, b"x".to_vec())];
+        ("a path that climbs", 126, "spec.files[0].path", |g| {
+            g.blade.files = vec![("/task/../etc/passwd".into(), 0o400, b"x".to_vec())]
         }),
+        (
+            "a path through a symlink",
+            126,
+            "spec.files[0].path: placing \"/alias/x\"",
+            |g| {
+                symlink("etc", g.image().join("alias")).unwrap();
+                g.blade.files = vec![("/alias/x".into(), 0o400, b"x".to_vec())];
+            },
+        ),
     ];
     for (why, code, text, change) in cases {
-        let Some(mut guest) = sandbox(NAME, &["out=never"]) else { return };
+        let Some(mut guest) = sandbox(NAME, &["out=never"]) else {
+            return;
+        };
         change(&mut guest);
         let exit = guest.run();
         assert_eq!(exit.how, Some(How::Code(code)), "{why}: {}", exit.start_error);
@@ -201,41 +318,76 @@ fn what_cannot_be_started_is_told_with_its_field() {
 
 #[test]
 fn content_with_another_digest_is_never_started() {
-    let Some(mut guest) = sandbox("content_with_another_digest_is_never_started", &["out=never"]) else { return };
-    guest.blade.config.files = vec![far_proto::guest::FileEntry { path: "/x".into(), mode: 0o400, size: 0, sha256: vec![7; 32] }];
+    let Some(mut guest) = sandbox("content_with_another_digest_is_never_started", &["out=never"]) else {
+        return;
+    };
+    guest.blade.config.files = vec![far_proto::guest::FileEntry {
+        path: "/x".into(),
+        mode: 0o400,
+        size: 0,
+        sha256: vec![7; 32],
+    }];
     let exit = guest.run();
     assert_eq!(exit.how, Some(How::Code(126)));
-    assert!(exit.start_error.contains("does not have its SHA-256"), "{}", exit.start_error);
+    assert!(
+        exit.start_error.contains("does not have its SHA-256"),
+        "{}",
+        exit.start_error
+    );
 }
 
 #[test]
 fn an_image_whose_folders_are_symlinks_cannot_move_mounts_out() {
-    let Some(mut guest) = sandbox("an_image_whose_folders_are_symlinks_cannot_move_mounts_out", &["cat=/proc/self/comm"]) else { return };
+    let Some(mut guest) = sandbox(
+        "an_image_whose_folders_are_symlinks_cannot_move_mounts_out",
+        &["cat=/proc/self/comm"],
+    ) else {
+        return;
+    };
     symlink("/../../../../../../tmp/far-outside", guest.image().join("proc")).unwrap();
     symlink("/etc", guest.image().join("tmp")).unwrap();
     let exit = guest.run();
-    assert_eq!(exit.how, Some(How::Code(99)), "its own /proc is broken, and that is all");
+    assert_eq!(
+        exit.how,
+        Some(How::Code(99)),
+        "its own /proc is broken, and that is all"
+    );
     assert!(!std::path::Path::new("/tmp/far-outside").exists());
 }
 
 #[test]
 fn shutdown_is_term_then_kill_and_a_second_one_does_not_extend_it() {
-    let Some(mut guest) = sandbox("shutdown_is_term_then_kill_and_a_second_one_does_not_extend_it", &["ignore-term", "out=deaf", "sleep=3600000"]) else { return };
+    let Some(mut guest) = sandbox(
+        "shutdown_is_term_then_kill_and_a_second_one_does_not_extend_it",
+        &["ignore-term", "out=deaf", "sleep=3600000"],
+    ) else {
+        return;
+    };
     guest.start();
     let mut connection = guest.blade.accept().unwrap();
     while guest.blade.text(0) != "deaf\n" {
         guest.blade.step(&mut connection).unwrap().unwrap();
     }
     connection.send(ToGuest::Shutdown(Shutdown { grace_s: 1 })).unwrap();
-    connection.send(ToGuest::Shutdown(Shutdown { grace_s: 86_400 })).unwrap();
-    assert_eq!(guest.blade.until_exit(&mut connection).unwrap().how, Some(How::Signal(9)));
+    connection
+        .send(ToGuest::Shutdown(Shutdown { grace_s: 86_400 }))
+        .unwrap();
+    assert_eq!(
+        guest.blade.until_exit(&mut connection).unwrap().how,
+        Some(How::Signal(9))
+    );
     connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
     guest.ends_well();
 }
 
 #[test]
 fn signals_reach_the_payload_and_nonsense_numbers_do_nothing() {
-    let Some(mut guest) = sandbox("signals_reach_the_payload_and_nonsense_numbers_do_nothing", &["out=up", "sleep=3600000"]) else { return };
+    let Some(mut guest) = sandbox(
+        "signals_reach_the_payload_and_nonsense_numbers_do_nothing",
+        &["out=up", "sleep=3600000"],
+    ) else {
+        return;
+    };
     guest.start();
     let mut connection = guest.blade.accept().unwrap();
     while guest.blade.text(0) != "up\n" {
@@ -244,17 +396,26 @@ fn signals_reach_the_payload_and_nonsense_numbers_do_nothing() {
     for number in [0, 65, u32::MAX, 10] {
         connection.send(ToGuest::Signal(Signal { number })).unwrap();
     }
-    assert_eq!(guest.blade.until_exit(&mut connection).unwrap().how, Some(How::Signal(10)));
+    assert_eq!(
+        guest.blade.until_exit(&mut connection).unwrap().how,
+        Some(How::Signal(10))
+    );
     connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
     guest.ends_well();
 }
 
 #[test]
 fn a_stop_before_the_start_ends_without_a_payload() {
-    let Some(mut guest) = sandbox("a_stop_before_the_start_ends_without_a_payload", &["out=never"]) else { return };
+    let Some(mut guest) = sandbox("a_stop_before_the_start_ends_without_a_payload", &["out=never"]) else {
+        return;
+    };
     guest.start();
     let mut connection = guest.blade.accept_silently().unwrap();
-    let welcome = Welcome { generation: 1, log_window_bytes: 4096, ..Welcome::default() };
+    let welcome = Welcome {
+        generation: 1,
+        log_window_bytes: 4096,
+        ..Welcome::default()
+    };
     connection.send(ToGuest::Welcome(welcome)).unwrap();
     connection.send(ToGuest::Shutdown(Shutdown { grace_s: 3 })).unwrap();
     let exit = guest.blade.until_exit(&mut connection).unwrap();
@@ -265,13 +426,25 @@ fn a_stop_before_the_start_ends_without_a_payload() {
 
 #[test]
 fn a_host_that_talks_nonsense_loses_its_connection_and_the_guest_lives() {
-    let Some(mut guest) = sandbox("a_host_that_talks_nonsense_loses_its_connection_and_the_guest_lives", &["exit=4"]) else { return };
+    let Some(mut guest) = sandbox(
+        "a_host_that_talks_nonsense_loses_its_connection_and_the_guest_lives",
+        &["exit=4"],
+    ) else {
+        return;
+    };
     guest.start();
-    let good = Welcome { generation: 1, log_window_bytes: 4096, ..Welcome::default() };
+    let good = Welcome {
+        generation: 1,
+        log_window_bytes: 4096,
+        ..Welcome::default()
+    };
     for nonsense in [
         vec![ToGuest::Start(far_proto::guest::Start {})],
         vec![ToGuest::Welcome(Welcome { generation: 2, ..good })],
-        vec![ToGuest::Welcome(Welcome { stored_stdout_seq: 9, ..good })],
+        vec![ToGuest::Welcome(Welcome {
+            stored_stdout_seq: 9,
+            ..good
+        })],
         vec![ToGuest::Welcome(good), ToGuest::Welcome(good)],
         vec![ToGuest::Welcome(good), ToGuest::Start(far_proto::guest::Start {})],
     ] {
@@ -292,15 +465,23 @@ fn a_host_that_talks_nonsense_loses_its_connection_and_the_guest_lives() {
 
 #[test]
 fn heartbeats_come_while_the_payload_runs() {
-    let Some(mut guest) = sandbox("heartbeats_come_while_the_payload_runs", &["sleep=3600000"]) else { return };
+    let Some(mut guest) = sandbox("heartbeats_come_while_the_payload_runs", &["sleep=3600000"]) else {
+        return;
+    };
     guest.blade.heartbeat_ms = 100;
     guest.start();
     let mut connection = guest.blade.accept().unwrap();
     while guest.blade.heartbeats < 3 {
-        assert!(!matches!(guest.blade.step(&mut connection).unwrap(), None | Some(Event::Exit(_))));
+        assert!(!matches!(
+            guest.blade.step(&mut connection).unwrap(),
+            None | Some(Event::Exit(_))
+        ));
     }
     connection.send(ToGuest::Shutdown(Shutdown { grace_s: 0 })).unwrap();
-    assert_eq!(guest.blade.until_exit(&mut connection).unwrap().how, Some(How::Signal(9)));
+    assert_eq!(
+        guest.blade.until_exit(&mut connection).unwrap().how,
+        Some(How::Signal(9))
+    );
     connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
     guest.ends_well();
 }

@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use far_proto::{
     frame::{self, Decoder},
     guest::{
-        Config, Exit, ExitAck, FileChunk, FileEntry, GuestMessage, Hello, HostMessage, LogAck, Ready, Stage, Start, Welcome,
-        guest_message::Kind as FromGuest, host_message::Kind as ToGuest,
+        Config, Exit, ExitAck, FileChunk, FileEntry, GuestMessage, Hello, HostMessage, LogAck, Ready, Stage, Start,
+        Welcome, guest_message::Kind as FromGuest, host_message::Kind as ToGuest,
     },
 };
 use nix::poll::{PollFd, PollFlags, poll};
@@ -104,8 +104,13 @@ impl Blade {
     pub fn accept_silently(&mut self) -> anyhow::Result<Connection> {
         wait_readable(&self.listener).context("no guest connected")?;
         let (stream, _) = self.listener.accept()?;
-        let mut connection = Connection { stream, decoder: Decoder::new() };
-        let Some(FromGuest::Hello(hello)) = connection.next()? else { bail!("the first message is not Hello") };
+        let mut connection = Connection {
+            stream,
+            decoder: Decoder::new(),
+        };
+        let Some(FromGuest::Hello(hello)) = connection.next()? else {
+            bail!("the first message is not Hello")
+        };
         ensure!(hello.boot_nonce.len() == 16 && hello.lowest_generation == 1);
         if let Some(first) = self.hellos.first() {
             ensure!(first.boot_nonce == hello.boot_nonce, "another nonce in the same boot");
@@ -116,17 +121,23 @@ impl Blade {
 
     fn configure(&self, connection: &mut Connection) -> anyhow::Result<()> {
         let mut config = self.config.clone();
-        config.files.extend(self.files.iter().map(|(path, mode, data)| FileEntry {
-            path: path.clone(),
-            mode: *mode,
-            size: data.len() as u64,
-            sha256: Sha256::digest(data).to_vec(),
-        }));
+        config
+            .files
+            .extend(self.files.iter().map(|(path, mode, data)| FileEntry {
+                path: path.clone(),
+                mode: *mode,
+                size: data.len() as u64,
+                sha256: Sha256::digest(data).to_vec(),
+            }));
         connection.send(ToGuest::Config(config))?;
         for (file, (_, _, data)) in self.files.iter().enumerate() {
             for (n, part) in data.chunks(100_000).enumerate() {
                 let offset = n as u64 * 100_000;
-                connection.send(ToGuest::FileChunk(FileChunk { file: file as u32, offset, data: part.to_vec() }))?;
+                connection.send(ToGuest::FileChunk(FileChunk {
+                    file: file as u32,
+                    offset,
+                    data: part.to_vec(),
+                }))?;
             }
         }
         connection.send(ToGuest::Start(Start {}))
@@ -157,7 +168,10 @@ impl Blade {
                 }
                 let seq = *last;
                 // The guest may be gone in a test that kills it.
-                let _ = connection.send(ToGuest::LogAck(LogAck { stream: log.stream, seq }));
+                let _ = connection.send(ToGuest::LogAck(LogAck {
+                    stream: log.stream,
+                    seq,
+                }));
                 Some(Event::Log)
             }
             Some(FromGuest::Exit(exit)) => Some(Event::Exit(exit)),
@@ -249,9 +263,13 @@ fn build_guest_programs() -> anyhow::Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     // The test itself lies in <target>/<profile>/deps.
     let own = std::env::current_exe()?;
-    let target = own.ancestors().nth(3).context("the target folder above the test")?.to_owned();
+    let target = own
+        .ancestors()
+        .nth(3)
+        .context("the target folder above the test")?
+        .to_owned();
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--locked", "--profile", "guest", "--target", TARGET])
+        .args(["build", "--quiet", "--profile", "guest", "--target", TARGET])
         .args(["-p", "far-init", "-p", "tiffany", "-p", "far-payload", "--target-dir"])
         .arg(&target)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
