@@ -1,3 +1,163 @@
-//! Reproducible guest images: kernel, initramfs, OCI layouts.
+//! `far-image`: the command around the builder.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use far_image::{initramfs, kernel, kit, oci::Builder};
+
+/// Builds what guests boot from, bit for bit the same from the same inputs.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:\n  far-image kernel --out kit\n  far-image kit --init far-init --tiffany tiffany --out kit\n  far-image oci --file ./agent:/agent:0755 --entrypoint /agent --out agent.oci.tar"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A guest kernel from the distribution's own packages (no root, nothing is installed).
+    Kernel {
+        /// Folder that gets vmlinux, modules/ and kernel.json.
+        #[arg(long)]
+        out: PathBuf,
+        /// Folder where versions are kept between runs [default: the out folder's `cache`].
+        #[arg(long)]
+        cache: Option<PathBuf>,
+        /// Take these package files instead of downloading (on Ubuntu: image and modules).
+        #[arg(long)]
+        deb: Vec<PathBuf>,
+    },
+    /// The initramfs: an init and the kernel's modules.
+    Initramfs {
+        /// Static program that becomes /init.
+        #[arg(long)]
+        init: PathBuf,
+        /// Folder with `order` and the modules it lists; without `order` there are none.
+        #[arg(long)]
+        modules: PathBuf,
+        /// File to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// The project's own guest image with tiffany.
+    Guest {
+        /// Static tiffany.
+        #[arg(long)]
+        tiffany: PathBuf,
+        /// OCI archive to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Initramfs and guest image beside a kernel: everything a blade boots from.
+    Kit {
+        /// Static far-init.
+        #[arg(long)]
+        init: PathBuf,
+        /// Static tiffany.
+        #[arg(long)]
+        tiffany: PathBuf,
+        /// Folder that `far-image kernel` filled.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// An OCI image archive from single files.
+    Oci(OciArguments),
+}
+
+#[derive(Debug, Args)]
+struct OciArguments {
+    /// SOURCE:PATH-IN-IMAGE[:MODE], mode in octal [default mode: 0644].
+    #[arg(long, required = true)]
+    file: Vec<String>,
+    /// Program and leading arguments; repeat for more words.
+    #[arg(long)]
+    entrypoint: Vec<String>,
+    /// Default arguments; repeat for more.
+    #[arg(long, allow_hyphen_values = true)]
+    cmd: Vec<String>,
+    /// NAME=value; repeat for more.
+    #[arg(long)]
+    env: Vec<String>,
+    /// Working folder of the program.
+    #[arg(long)]
+    working_dir: Option<String>,
+    /// User of the program: name, uid, name:group or uid:gid.
+    #[arg(long)]
+    user: Option<String>,
+    /// OCI archive to write.
+    #[arg(long)]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("far-image: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Kernel { out, cache, deb } => {
+            let source = if deb.is_empty() {
+                kernel::Source::Apt
+            } else {
+                kernel::Source::Debs(deb)
+            };
+            let record = kernel::build(&source, &cache.unwrap_or_else(|| out.join("cache")), &out)?;
+            println!(
+                "kernel {} ({}), {} modules",
+                record.release,
+                record.package,
+                record.modules.len()
+            );
+            Ok(())
+        }
+        Command::Initramfs { init, modules, out } => put(&out, &initramfs::build(&init, &modules)?),
+        Command::Guest { tiffany, out } => put(&out, &kit::guest_image(&tiffany)?),
+        Command::Kit { init, tiffany, out } => Ok(kit::build(&init, &tiffany, &out)?),
+        Command::Oci(arguments) => oci(arguments),
+    }
+}
+
+fn oci(arguments: OciArguments) -> Result<()> {
+    let mut image = Builder::new();
+    for spec in &arguments.file {
+        let (source, path, mode) = match spec.split(':').collect::<Vec<_>>()[..] {
+            [source, path] => (source, path, 0o644),
+            [source, path, mode] => (
+                source,
+                path,
+                u32::from_str_radix(mode, 8).with_context(|| format!("--file {spec}: mode {mode:?} is not octal"))?,
+            ),
+            _ => bail!("--file {spec}: expected SOURCE:PATH-IN-IMAGE[:MODE]"),
+        };
+        let bytes = fs::read(source).with_context(|| format!("--file {spec}: reading {source}"))?;
+        image.file(path, mode, 0, bytes)?;
+    }
+    if let Some(bad) = arguments
+        .env
+        .iter()
+        .find(|entry| entry.find('=').is_none_or(|at| at == 0))
+    {
+        bail!("--env {bad}: expected NAME=value");
+    }
+    image
+        .entrypoint(arguments.entrypoint)
+        .cmd(arguments.cmd)
+        .env(arguments.env)
+        .run_as(arguments.working_dir, arguments.user);
+    put(&arguments.out, &image.build())
+}
+
+fn put(path: &PathBuf, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))
+}
