@@ -35,11 +35,11 @@ impl Cgroup {
         for controller in ["memory", "pids", "cpu"] {
             write(boot, format!("{TOP}/cgroup.subtree_control"), format!("+{controller}"));
         }
-        if let Err(error) = fs::create_dir(GROUP) {
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                boot.warn(format!("the payload's cgroup {GROUP}: {error}"));
-                return None;
-            }
+        if let Err(error) = fs::create_dir(GROUP)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            boot.warn(format!("the payload's cgroup {GROUP}: {error}"));
+            return None;
         }
         write(boot, format!("{GROUP}/memory.oom.group"), "1".into());
         write(boot, format!("{GROUP}/pids.max"), PIDS_MAX.to_string());

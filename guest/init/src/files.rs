@@ -151,7 +151,7 @@ fn broken_path_rule(path: &str) -> Option<&'static str> {
     };
     KERNEL_FOLDERS
         .iter()
-        .any(|folder| below(&folder))
+        .any(below)
         .then_some("lies in a folder of the kernel (/proc, /sys, /dev)")
 }
 

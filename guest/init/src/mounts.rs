@@ -1,6 +1,10 @@
 //! The file systems of the machine, as tables: those PID 1 itself needs, and those the payload finds in its root.
 
-use crate::{boot::BootReport, place::Place, rootfs::Root};
+use crate::{
+    boot::BootReport,
+    place::Place,
+    rootfs::{Root, Symlinks},
+};
 use nix::mount::{MsFlags, mount};
 use std::{fs, os::fd::AsRawFd, path::Path, path::PathBuf};
 
@@ -153,7 +157,27 @@ pub(crate) fn mount_base(place: &Place, boot: &mut BootReport) -> Result<(), Mou
             (Err(error), Need::Wish | Need::WishInGuest) => boot.warn(crate::power::with_sources(&error)),
         }
     }
+    if place.is_guest() {
+        link_devices(boot);
+    }
     Ok(())
+}
+
+/// Links in /dev that programs expect and devtmpfs does not make. Every mount of devtmpfs shows them.
+const DEVICE_LINKS: [(&str, &str); 4] = [
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+];
+
+/// Makes [`DEVICE_LINKS`].
+fn link_devices(boot: &mut BootReport) {
+    for (link, target) in DEVICE_LINKS {
+        if let Err(error) = std::os::unix::fs::symlink(target, link) {
+            boot.warn(format!("{link}: {error}"));
+        }
+    }
 }
 
 /// Mounts what the payload finds. The image may be hostile: every target is resolved inside `root`, so that a symlink
@@ -163,7 +187,7 @@ pub(crate) fn mount_for_payload(place: &Place, root: &Root, boot: &mut BootRepor
         if !place.is_guest() && line.need == Need::WishInGuest {
             continue;
         }
-        match root.make_folders(Path::new(line.target), rootfs_follow()) {
+        match root.make_folders(Path::new(line.target), Symlinks::InsideRoot) {
             Ok(folder) => {
                 let target = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
                 if let Err(error) = attach(line.kind, line.kind, &target, line.flags, line.options) {
@@ -181,10 +205,6 @@ pub(crate) fn mount_for_payload(place: &Place, root: &Root, boot: &mut BootRepor
             )),
         }
     }
-}
-
-fn rootfs_follow() -> crate::rootfs::Symlinks {
-    crate::rootfs::Symlinks::InsideRoot
 }
 
 /// Creates `target` with its parents; an existing folder is fine.

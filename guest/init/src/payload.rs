@@ -15,7 +15,10 @@ use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    sys::stat::{Mode, SFlag},
+    sys::{
+        resource::{Resource, setrlimit},
+        stat::{Mode, SFlag},
+    },
     unistd::{self, Gid, Pid, Uid},
 };
 use std::{
@@ -28,6 +31,9 @@ use std::{
     },
     path::Path,
 };
+
+/// Open files of the payload, soft and hard: what systemd gives its services. The kernel's own hard limit is 4096.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 /// Codes of a shell for what could not be started.
 pub(crate) const NOT_FOUND: u32 = 127;
@@ -290,6 +296,8 @@ impl Child<'_> {
         unistd::dup2_stdin(&self.null).map_err(at(Step::Streams))?;
         unistd::dup2_stdout(&self.stdout).map_err(at(Step::Streams))?;
         unistd::dup2_stderr(&self.stderr).map_err(at(Step::Streams))?;
+        // The kernel's default works too, only for fewer files.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1);
         // An own mount namespace with the image moved over its root: no way back by chroot tricks, and whatever the
         // payload mounts is not PID 1's.
         unshare(CloneFlags::CLONE_NEWNS).map_err(at(Step::MountNamespace))?;

@@ -171,7 +171,15 @@ impl<'a> Session<'a> {
         while !self.done {
             let now = Instant::now();
             self.keep_time(now)?;
-            self.speak(now);
+            // Until nothing is left to say or the socket is full: then poll wakes us.
+            while self.speak(now) {
+                if let Err(error) = self.link.flush() {
+                    self.lose(&error, now);
+                }
+                if !self.link.is_flushed() {
+                    break;
+                }
+            }
             if let Err(error) = self.link.flush() {
                 self.lose(&error, now);
             }
@@ -243,6 +251,7 @@ impl<'a> Session<'a> {
             .map(|beat| beat.next);
         let state = match &self.state {
             State::Waiting { .. } => None,
+            State::Running(running) if running.ended.is_some() => Some(self.give_up_at()),
             State::Running(running) => running.stop.filter(|stop| !stop.killed).map(|stop| stop.kill_at),
             State::Exited(_) => Some(self.give_up_at()),
         };
@@ -258,23 +267,25 @@ impl<'a> Session<'a> {
     }
 
     fn keep_time(&mut self, now: Instant) -> Result<(), Fatal> {
-        match &mut self.state {
-            State::Waiting { .. } => {}
+        let has_ended = match &mut self.state {
+            State::Waiting { .. } => false,
             State::Running(running) => {
-                if let Some(stop) = &mut running.stop {
-                    if !stop.killed && stop.kill_at <= now {
-                        stop.killed = true;
-                        kill_everything();
-                    }
+                if let Some(stop) = &mut running.stop
+                    && !stop.killed
+                    && stop.kill_at <= now
+                {
+                    stop.killed = true;
+                    kill_everything();
                 }
+                // Output may be left that no host takes.
+                running.ended.is_some()
             }
-            State::Exited(_) => {
-                if self.give_up_at() <= now {
-                    return Err(Fatal::NoHost {
-                        minutes: GIVE_UP_MINUTES,
-                    });
-                }
-            }
+            State::Exited(_) => true,
+        };
+        if has_ended && self.give_up_at() <= now {
+            return Err(Fatal::NoHost {
+                minutes: GIVE_UP_MINUTES,
+            });
         }
         Ok(())
     }
@@ -289,6 +300,7 @@ impl<'a> Session<'a> {
         let ended = self.reaper.collect(main).map_err(Fatal::Signals)?;
         if let (Some(ended), State::Running(running)) = (ended, &mut self.state) {
             running.ended = Some((ended, boot::wall_ns()));
+            self.last_heard = Instant::now();
             // Orphans may hold the pipes open for ever: the agent is its main process.
             kill_everything();
         }
@@ -357,14 +369,16 @@ impl<'a> Session<'a> {
         })));
     }
 
-    /// Queues what this connection was not told yet, as far as there is room.
-    fn speak(&mut self, now: Instant) {
+    /// Queues what this connection was not told yet, as far as there is room, and tells whether that was anything.
+    fn speak(&mut self, now: Instant) -> bool {
         if !self.said.welcomed {
-            return;
+            return false;
         }
+        let mut spoke = false;
         if let Some(ready) = self.ready.as_ref().filter(|_| !self.said.ready) {
             self.link.queue(&message(Say::Ready(ready.clone())));
             self.said.ready = true;
+            spoke = true;
         }
         if let Some(beat) = self
             .said
@@ -387,16 +401,21 @@ impl<'a> Session<'a> {
                 Some(log) => {
                     self.link.queue(&message(Say::Log(log)));
                     silent = 0;
+                    spoke = true;
                 }
                 None => silent += 1,
             }
         }
-        if let State::Exited(exit) = &self.state {
-            if !self.said.exit && self.outbox.all_sent() && self.link.has_room() {
-                self.link.queue(&message(Say::Exit((**exit).clone())));
-                self.said.exit = true;
-            }
+        if let State::Exited(exit) = &self.state
+            && !self.said.exit
+            && self.outbox.all_sent()
+            && self.link.has_room()
+        {
+            self.link.queue(&message(Say::Exit((**exit).clone())));
+            self.said.exit = true;
+            spoke = true;
         }
+        spoke
     }
 
     fn heartbeat(&mut self) -> Heartbeat {
@@ -646,4 +665,26 @@ fn kill_everything() {
 
 fn message(kind: Say) -> GuestMessage {
     GuestMessage { kind: Some(kind) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_stop_may_shorten_the_grace_period_and_never_extends_it() {
+        let now = Instant::now();
+        let stop = |seconds, killed| Stop {
+            kill_at: now + Duration::from_secs(seconds),
+            killed,
+        };
+        for (why, first, second, expected) in [
+            ("the first", None, stop(5, false), stop(5, false)),
+            ("later", Some(stop(5, false)), stop(50, false), stop(5, false)),
+            ("sooner", Some(stop(5, false)), stop(0, false), stop(0, false)),
+            ("after the kill", Some(stop(5, true)), stop(0, false), stop(5, true)),
+        ] {
+            assert_eq!(combine(first, second), expected, "{why}");
+        }
+    }
 }

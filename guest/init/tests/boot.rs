@@ -1,6 +1,9 @@
 //! Real boots: far-init as the first process of a QEMU microvm (TCG), with the boot kit's kernel, a squashfs image and
 //! vhost-device-vsock. Skipped by name where one of them is missing.
 
+// A panic is a test's report.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Blade, Child, Event};
@@ -239,6 +242,7 @@ fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
         "cat=/proc/self/oom_score_adj",
         "cat=/proc/sys/kernel/hostname",
         "stat=/dev/null",
+        "stat=/dev/stdout",
         "stat=/tmp",
         "exit=0",
     ];
@@ -260,7 +264,7 @@ fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
     let out = vm.blade.text(0);
     assert_eq!(exit.how, Some(How::Code(0)), "{out}\n{}", vm.blade.text(1));
     assert!(
-        out.starts_with("hello from the guest\n0::/payload\n0\nembedder-worker-01\n/dev/null mode=666"),
+        out.starts_with("hello from the guest\n0::/payload\n0\nembedder-worker-01\n/dev/null mode=666 uid=0 size=0\n/dev/stdout mode="),
         "{out}"
     );
     assert!(out.ends_with("/tmp mode=1777 uid=0 size=40\n"), "{out}");
@@ -309,6 +313,36 @@ fn a_guest_dials_again_and_loses_and_repeats_nothing() {
     assert_eq!(exit.how, Some(How::Code(0)));
     let expected: String = (1..=60).map(|n| format!("line {n}\n")).collect();
     assert_eq!((vm.blade.text(0), vm.blade.text(1)), (expected, "done\n".into()));
+}
+
+#[test]
+fn a_blade_that_is_away_for_seconds_finds_its_guest_again() {
+    const NAME: &str = "a_blade_that_is_away_for_seconds_finds_its_guest_again";
+    let Some(mut vm) = vm(NAME, &["flood=1000000", "exit=6"]) else {
+        return;
+    };
+    vm.start();
+    let mut connection = vm.blade.accept().unwrap();
+    while vm.blade.stored[0].1 == 0 {
+        vm.blade.step(&mut connection).unwrap().unwrap();
+    }
+    // No listener at all: the daemon answers nothing, and the guest's connects time out after 2 s each.
+    fs::rename(vm.at("v.sock_5000"), vm.at("away")).unwrap();
+    drop(connection);
+    // The blade's absence is the step: nothing to wait for.
+    nix::poll::poll(&mut [], 3000_u16).unwrap();
+    fs::rename(vm.at("away"), vm.at("v.sock_5000")).unwrap();
+    let exit = vm.blade.serve().unwrap();
+    vm.ends_well();
+    assert_eq!(exit.how, Some(How::Code(6)));
+    assert_eq!(vm.blade.text(0).len(), 1_000_000);
+    assert!(
+        vm.blade
+            .text(0)
+            .lines()
+            .enumerate()
+            .all(|(n, line)| line.parse() == Ok(n))
+    );
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! The whole session without a VM: far-init as PID 1 of its own namespaces, with a folder as image and a Unix socket as
 //! control stream. Fast enough for every odd payload; what only a kernel of its own can show is in `boot.rs`.
 
+// A panic is a test's report.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Blade, Child, Event};

@@ -195,6 +195,11 @@ impl Link {
         matches!(&self.state, State::Up(up) if up.out.len() - up.written < OUT_LIMIT)
     }
 
+    /// Whether the socket took everything that was queued.
+    pub(crate) fn is_flushed(&self) -> bool {
+        !matches!(&self.state, State::Up(up) if up.written < up.out.len())
+    }
+
     /// Queues a message; without a connection it is dropped, because every connection starts with the whole truth.
     pub(crate) fn queue(&mut self, message: &GuestMessage) {
         if let State::Up(up) = &mut self.state {

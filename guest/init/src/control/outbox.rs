@@ -75,11 +75,12 @@ struct Backlog {
 impl Backlog {
     fn push(&mut self, data: &[u8], time_unix_ns: u64) {
         self.bytes += data.len();
-        if let Some(tail) = self.records.back_mut() {
-            if tail.seq > self.offered && tail.data.len() + data.len() <= MAX_RECORD {
-                tail.data.extend_from_slice(data);
-                return;
-            }
+        if let Some(tail) = self.records.back_mut()
+            && tail.seq > self.offered
+            && tail.data.len() + data.len() <= MAX_RECORD
+        {
+            tail.data.extend_from_slice(data);
+            return;
         }
         self.last += 1;
         self.records.push_back(Record {
@@ -97,8 +98,8 @@ impl Backlog {
                 written: self.offered,
             });
         }
-        while let Some(record) = self.records.pop_front_if(|record| record.seq <= seq) {
-            self.bytes -= record.data.len();
+        while self.records.front().is_some_and(|record| record.seq <= seq) {
+            self.bytes -= self.records.pop_front().map_or(0, |record| record.data.len());
         }
         Ok(())
     }
@@ -174,9 +175,11 @@ impl Outbox {
         [self.streams[0].last, self.streams[1].last]
     }
 
-    /// Whether this connection was given everything.
+    /// Whether this connection was given everything that the host does not have.
     pub(crate) fn all_sent(&self) -> bool {
-        self.streams.iter().all(|stream| stream.sent >= stream.last)
+        self.streams
+            .iter()
+            .all(|stream| stream.records.is_empty() || stream.sent >= stream.last)
     }
 }
 

@@ -45,14 +45,14 @@ pub(crate) enum Found {
 
 /// Every file below `folder`, sorted by path. A default folder that is missing is an empty one.
 pub(crate) fn scan(folder: &Path, must_exist: bool) -> Result<Vec<Candidate>, ScanError> {
-    if let Err(error) = fs::metadata(folder) {
-        if error.kind() == io::ErrorKind::NotFound {
-            return if must_exist {
-                Err(ScanError::Missing { folder: folder.into() })
-            } else {
-                Ok(Vec::new())
-            };
-        }
+    if let Err(error) = fs::metadata(folder)
+        && error.kind() == io::ErrorKind::NotFound
+    {
+        return if must_exist {
+            Err(ScanError::Missing { folder: folder.into() })
+        } else {
+            Ok(Vec::new())
+        };
     }
     let mut found = Vec::new();
     let mut folders = vec![(folder.to_owned(), 0)];
