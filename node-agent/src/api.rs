@@ -252,7 +252,10 @@ impl Node for NodeApi {
         self.only_from_the_blade()?;
         let images = self.supervisor.blade().images.clone();
         let reference = request.into_inner().reference;
-        blocking(move || images.remove(&reference)).await??;
+        let (entries, _) = self.board().entries();
+        let live = entries.iter().filter(|entry| !entry.record.is_ended());
+        let in_use = live.filter_map(|entry| entry.record.image_digest.clone()).collect();
+        blocking(move || images.remove(&reference, &in_use)).await??;
         Ok(Response::new(proto::RemoveImageResponse {}))
     }
 }

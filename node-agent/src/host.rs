@@ -5,8 +5,8 @@
 use crate::{names::VmId, outcome::VmmEnd, record::Resources};
 use futures::future::BoxFuture;
 use std::{
+    collections::BTreeSet,
     fmt::Debug,
-    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -145,18 +145,11 @@ pub trait Images: Debug + Send + Sync + 'static {
     /// # Errors
     /// Bad archive or reference, or the store fails; nothing is stored then.
     fn load(&self, reference: &str, archive: &Path) -> Result<StoredImage, ImageFault>;
-    /// Removes a reference, and its image with the last one. Unknown is success.
+    /// Removes a reference, and its image with the last one unless its digest is in use. Unknown is success.
     ///
     /// # Errors
     /// The store fails.
-    fn remove(&self, reference: &str) -> Result<(), ImageFault>;
+    fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageFault>;
     /// Folder for archives that are being received.
     fn incoming(&self) -> PathBuf;
-}
-
-/// Reads a whole small file, at most `max` bytes.
-pub(crate) fn read_at_most(path: &Path, max: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(max).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }

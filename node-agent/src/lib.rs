@@ -7,6 +7,7 @@ pub mod board;
 pub mod capacity;
 pub mod client;
 pub mod clock;
+pub mod config;
 pub mod control;
 pub mod direct_host;
 pub mod epoch;
@@ -16,10 +17,17 @@ pub mod ledger;
 mod log_sink;
 pub mod logs;
 pub mod names;
+pub mod node;
 pub mod outcome;
 pub mod record;
+mod remote;
 pub mod spec;
+pub mod store;
 pub mod supervisor;
+mod unix_socket;
 mod wire;
+
+#[cfg(test)]
+mod stories;
 
 pub use log_sink::LogSignal;

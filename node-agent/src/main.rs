@@ -1,3 +1,64 @@
 //! Node agent of a blade: ledger, microVM supervisor, control streams, logs, node API.
 
-fn main() {}
+use anyhow::{Context, Result};
+use clap::Parser;
+use far_node::config::Args;
+use std::{os::unix::fs::MetadataExt, process::ExitCode};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FAR_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("far-node: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let uid = std::fs::metadata("/proc/self").context("reading the own user id")?.uid();
+    let config = Args::parse().check(|name| std::env::var(name).ok(), uid)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut signals = Signals::new()?;
+        let node = far_node::node::run(config, shutdown.clone());
+        tokio::pin!(node);
+        tokio::select! {
+            ended = &mut node => return ended,
+            () = signals.next() => {}
+        }
+        tracing::info!("far-node stops serving; its microVMs go on");
+        shutdown.cancel();
+        // A second signal ends at once.
+        tokio::select! {
+            ended = node => ended,
+            () = signals.next() => Ok(()),
+        }
+    })
+}
+
+struct Signals {
+    term: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate()).context("listening for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("listening for SIGINT")?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

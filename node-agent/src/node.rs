@@ -1,0 +1,166 @@
+//! far-node as a whole: what is opened in which order, what serves, and how it ends.
+//!
+//! 1. lock the state folder (two far-nodes on one ledger would boot twice), 2. read ledger and machine, 3. bind and serve
+//! the Unix socket, 4. adopt what runs and clean up leftovers, behind the serving, 5. with a controller: identity, mTLS
+//! server, heartbeats. Shutting down stops serving and leaves the microVMs to the next far-node.
+
+use crate::{
+    agent::{Blade, Limits},
+    api::NodeApi,
+    board::Board,
+    capacity::Machine,
+    clock::Clock,
+    config::{Config, Network},
+    direct_host::{DirectHost, DirectHostOptions},
+    epoch::{EpochGuard, Origin},
+    files::{make_private_dir, write_atomic},
+    host::{Images, VmHost},
+    ledger::{Ledger, Loaded},
+    remote::Remote,
+    store::Store,
+    supervisor::Supervisor,
+    unix_socket,
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs::{File, TryLockError},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::Arc,
+};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Runs until `shutdown`.
+///
+/// # Errors
+/// Something that far-node cannot be without: folders, ledger, images, sockets.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
+    let _lock = lock_state(&config.state_dir)?;
+    check_run_dir(&config.run_dir)?;
+    let opened = {
+        let (config, shutdown) = (config.clone(), shutdown.clone());
+        tokio::task::spawn_blocking(move || open(&config, shutdown)).await.context("reading ledger and machine")??
+    };
+    let Opened { blade, machine, loaded, epochs } = opened;
+    let socket_path = config.run_dir.join("node.sock");
+    let socket = unix_socket::bind(&socket_path).await?;
+    let (supervisor, supervising) = Supervisor::start(blade.clone(), machine.room, loaded).await;
+    let mut serving = JoinSet::new();
+    let local = NodeApi::new(supervisor.clone(), machine.clone(), epochs.clone(), Origin::Blade);
+    serving.spawn(unix_socket::serve(socket, local.into_server(), shutdown.clone()));
+    let address = match &config.controller {
+        None => format!("unix:{}", socket_path.display()),
+        Some(controller) => {
+            let api = NodeApi::new(supervisor, machine.clone(), epochs.clone(), Origin::Controller);
+            let remote = Remote::bind(&config.name, &config.state_dir, controller.clone(), api).await?;
+            let address = remote.address();
+            serving.spawn(remote.run(machine, epochs, blade.images.clone(), shutdown.clone()));
+            address
+        }
+    };
+    tracing::info!(blade = %config.name, %address, "far-node serves");
+    if let Some(path) = &config.ready_file {
+        write_atomic(path, address.as_bytes()).with_context(|| format!("writing the ready file {}", path.display()))?;
+    }
+    let ended = tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        Some(served) = serving.join_next() => match served {
+            Ok(Ok(())) => Err(anyhow::anyhow!("a server ended by itself")),
+            Ok(Err(error)) => Err(error),
+            Err(error) => Err(error.into()),
+        },
+    };
+    shutdown.cancel();
+    while serving.join_next().await.is_some() {}
+    supervising.await.context("joining the supervisor")?;
+    ended
+}
+
+struct Opened {
+    blade: Arc<Blade>,
+    machine: Arc<Machine>,
+    loaded: Loaded,
+    epochs: Arc<EpochGuard>,
+}
+
+/// Everything that blocks: folders, ledger, machine, images.
+fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
+    let state = &config.state_dir;
+    let vms = config.run_dir.join("vm");
+    let logs = state.join("logs");
+    for folder in [&vms, &logs] {
+        make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
+    let (kernel, initramfs) = (config.boot_kit.join("vmlinux"), config.boot_kit.join("initramfs.cpio"));
+    for file in [&kernel, &initramfs] {
+        if !file.is_file() {
+            bail!("the boot kit lacks {}: `make guest` makes it; --boot-kit names another folder", file.display());
+        }
+    }
+    let found = far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default());
+    if !found.can_run_vms() {
+        tracing::warn!(qemu = %found.qemu.reason, vhost_device_vsock = %found.vhost_device_vsock.reason,
+            firecracker = %found.firecracker.reason, kvm = %found.kvm.reason, "this machine cannot run microVMs");
+    }
+    let no_nic_reason = match config.network {
+        Network::None => "the blade runs with --network none: vsock only",
+        Network::Auto => "this blade gives its microVMs no NIC: vsock only",
+    };
+    let options = DirectHostOptions {
+        vms,
+        kernel,
+        initramfs,
+        far_vmm: config.far_vmm.clone(),
+        backend: config.backend,
+        no_nic_reason: no_nic_reason.to_owned(),
+    };
+    let host: Arc<dyn VmHost> = Arc::new(DirectHost::new(options, found));
+    let images: Arc<dyn Images> = Arc::new(Store::open(&state.join("images"))?);
+    let ledger = Ledger::open(&state.join("ledger"))?;
+    let loaded = ledger.load()?;
+    let machine =
+        Machine::read(host.facts(), config.reserved_cpu_millis, config.reserved_memory_mib, config.max_vms)
+            .context("reading what this machine has")?;
+    let board = Board::open(&state.join("seq")).context("reading the event number")?;
+    let epochs = EpochGuard::open(&state.join("epoch")).context("reading the newest epoch")?;
+    let limits = Limits {
+        boot_timeout: config.boot_timeout,
+        log_max_bytes: config.log_max_bytes,
+        heartbeat: config.heartbeat_interval,
+    };
+    let boot_id = machine.boot_id.clone();
+    let blade = Blade { clock: Clock::start(), ledger, board, host, images, limits, logs, boot_id, shutdown };
+    Ok(Opened { blade: Arc::new(blade), machine: Arc::new(machine), loaded, epochs: Arc::new(epochs) })
+}
+
+/// Holds the state folder for this process; the kernel lets go of it however the process ends.
+fn lock_state(folder: &Path) -> Result<File> {
+    make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
+    let path = folder.join("lock");
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .with_context(|| format!("opening {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another far-node uses {}: stop it, or use another --state-dir", folder.display()),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// The folder of the sockets must be ours alone: in /tmp somebody else could have made it first.
+fn check_run_dir(folder: &Path) -> Result<()> {
+    make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
+    let own = std::fs::metadata("/proc/self").context("reading the own user id")?.uid();
+    let found = std::fs::symlink_metadata(folder).with_context(|| format!("reading {}", folder.display()))?;
+    if !found.is_dir() || found.uid() != own {
+        bail!("{} belongs to somebody else: use another --run-dir", folder.display());
+    }
+    if found.mode() & 0o077 != 0 {
+        bail!("{} is open to others (mode {:o}): chmod 700 it", folder.display(), found.mode() & 0o777);
+    }
+    Ok(())
+}
