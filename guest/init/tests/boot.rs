@@ -283,6 +283,54 @@ fn a_guest_says_hello_runs_its_payload_and_ends_with_exit_0() {
 }
 
 #[test]
+fn tiffany_embeds_the_documents_it_was_given() {
+    let Some(mut vm) = vm("tiffany_embeds_the_documents_it_was_given", &["--task", "embedder"]) else {
+        return;
+    };
+    fs::copy(
+        common::guest_programs().unwrap().join("tiffany"),
+        vm.at("image/bin/tiffany"),
+    )
+    .unwrap();
+    vm.blade.config.entrypoint = "/bin/tiffany".into();
+    vm.blade.files = vec![
+        ("/task/a.md".into(), 0o444, b"# One\n\nText.\n".to_vec()),
+        (
+            "/task/long.txt".into(),
+            0o444,
+            "Some words here. ".repeat(100).into_bytes(),
+        ),
+    ];
+    let exit = vm.run();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", vm.blade.text(1));
+    assert_eq!(vm.blade.text(1), "embedded 3 chunks of 2 documents\n");
+    assert_eq!(vm.blade.text(0).lines().count(), 3);
+}
+
+#[test]
+fn without_documents_tiffany_embeds_its_own_corpus_in_the_guest() {
+    let Some(mut vm) = vm(
+        "without_documents_tiffany_embeds_its_own_corpus_in_the_guest",
+        &["--task", "embedder"],
+    ) else {
+        return;
+    };
+    fs::copy(
+        common::guest_programs().unwrap().join("tiffany"),
+        vm.at("image/bin/tiffany"),
+    )
+    .unwrap();
+    vm.blade.config.entrypoint = "/bin/tiffany".into();
+    let exit = vm.run();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", vm.blade.text(1));
+    assert!(
+        vm.blade.text(1).ends_with("embedded 3 chunks of 3 documents\n"),
+        "{}",
+        vm.blade.text(1)
+    );
+}
+
+#[test]
 fn exit_3_of_a_guest_is_exit_3() {
     let Some(mut vm) = vm("exit_3_of_a_guest_is_exit_3", &["out=bad news", "exit=3"]) else {
         return;
