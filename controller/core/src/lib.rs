@@ -1,1 +1,12 @@
-//! Pure placement and lifecycle decisions: no kube, no tokio, no clock.
+//! Placement and lifecycle as pure functions: no kube, no tokio, no clock, no files.
+//!
+//! Facts come in as arguments, decisions and statuses go out as values; `far-controller` does the watching, calling and
+//! writing. [`placement`] chooses blades, [`lifecycle`] says what to do next with one agent, [`status`] says what may be
+//! claimed about it.
+#![forbid(unsafe_code)]
+
+pub mod identity;
+pub mod lifecycle;
+pub mod placement;
+pub mod quantity;
+pub mod status;

@@ -1,0 +1,447 @@
+//! What may be claimed about an agent: the status after a fact, from the status before it.
+//!
+//! ```text
+//! Pending ─► Scheduled ─► Starting ─► Running ─► Completed | Failed
+//!    ▲           │  (the blade refused)    ◄──► Unknown (the blade is not heard of)
+//!    └───────────┘
+//! ```
+//! Invariant: no exit code without an exit report. Invariant: nothing changes a final status.
+
+/// Where an agent stands, in one word; derived from the conditions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[allow(missing_docs)] // The words of the API; their texts are in far-api.
+pub enum Phase {
+    #[default]
+    Pending,
+    Scheduled,
+    Starting,
+    Running,
+    Sleeping,
+    Completed,
+    Failed,
+    Unknown,
+}
+
+/// Kinds of condition, in the order they are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs)]
+pub enum ConditionKind {
+    Scheduled,
+    ImageReady,
+    Booted,
+    Ready,
+    Completed,
+    Failed,
+    NodeLost,
+}
+
+impl ConditionKind {
+    /// Every kind.
+    pub const ALL: [Self; 7] = [
+        Self::Scheduled,
+        Self::ImageReady,
+        Self::Booted,
+        Self::Ready,
+        Self::Completed,
+        Self::Failed,
+        Self::NodeLost,
+    ];
+
+    /// The word as the API writes it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Scheduled => "Scheduled",
+            Self::ImageReady => "ImageReady",
+            Self::Booted => "Booted",
+            Self::Ready => "Ready",
+            Self::Completed => "Completed",
+            Self::Failed => "Failed",
+            Self::NodeLost => "NodeLost",
+        }
+    }
+}
+
+/// One thing that was seen, or seen not to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Condition {
+    /// What it speaks of.
+    pub kind: ConditionKind,
+    /// Whether it is so.
+    pub holds: bool,
+    /// One word.
+    pub reason: String,
+    /// A sentence, or empty.
+    pub message: String,
+}
+
+/// Why an attempt ended: the closed set of the API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum EndReason {
+    Completed,
+    Error,
+    Signal,
+    OomKilled,
+    KernelPanic,
+    BootTimeout,
+    VmmCrashed,
+    ImageError,
+    NetworkError,
+    DeadlineExceeded,
+    Evicted,
+    NodeLost,
+    BladeRebooted,
+    InitLost,
+}
+
+impl EndReason {
+    /// The word as the API writes it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "Completed",
+            Self::Error => "Error",
+            Self::Signal => "Signal",
+            Self::OomKilled => "OOMKilled",
+            Self::KernelPanic => "KernelPanic",
+            Self::BootTimeout => "BootTimeout",
+            Self::VmmCrashed => "VMMCrashed",
+            Self::ImageError => "ImageError",
+            Self::NetworkError => "NetworkError",
+            Self::DeadlineExceeded => "DeadlineExceeded",
+            Self::Evicted => "Evicted",
+            Self::NodeLost => "NodeLost",
+            Self::BladeRebooted => "BladeRebooted",
+            Self::InitLost => "InitLost",
+        }
+    }
+}
+
+/// A moment by the blade's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stamp {
+    /// Seconds since the Unix epoch.
+    pub seconds: i64,
+    /// 0 to 999,999,999.
+    pub nanos: u32,
+}
+
+/// What the microVM really got.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Resources {
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    pub accelerator: String,
+    pub vmm: String,
+    pub nic: bool,
+    pub no_nic_reason: String,
+}
+
+/// How far the blade has come with an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Stage {
+    Accepted,
+    Preparing,
+    Starting,
+    Running,
+    Stopping,
+    Ended,
+}
+
+/// How an attempt ended, as its blade said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// Why.
+    pub reason: EndReason,
+    /// Only where an exit report was received.
+    pub exit_code: Option<i32>,
+    /// Only where an exit report said so.
+    pub signal: Option<i32>,
+    /// A sentence for people.
+    pub message: String,
+    /// The last output.
+    pub tail: String,
+}
+
+/// What a blade says of one attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Number of the attempt it speaks of.
+    pub attempt: u32,
+    /// How far it has come.
+    pub stage: Stage,
+    /// Empty until resolved.
+    pub image_digest: String,
+    /// Absent until known.
+    pub resources: Option<Resources>,
+    /// The guest said Hello.
+    pub booted: bool,
+    /// The program started.
+    pub started_at: Option<Stamp>,
+    /// The attempt ended.
+    pub finished_at: Option<Stamp>,
+    /// Present exactly in [`Stage::Ended`].
+    pub end: Option<End>,
+    /// What it waits for or goes without.
+    pub message: String,
+}
+
+/// What is claimed of an agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Sorted by kind; one of each at most.
+    pub conditions: Vec<Condition>,
+    /// Blade of the current attempt.
+    pub node: Option<String>,
+    /// Number of the newest attempt; 0: none yet.
+    pub attempt: u32,
+    /// See [`End::exit_code`].
+    pub exit_code: Option<i32>,
+    /// See [`End::signal`].
+    pub signal: Option<i32>,
+    /// One word: why it ended or waits.
+    pub reason: Option<String>,
+    /// The same as a sentence.
+    pub message: Option<String>,
+    /// When the program started.
+    pub started_at: Option<Stamp>,
+    /// When the attempt ended.
+    pub finished_at: Option<Stamp>,
+    /// Digest of the image.
+    pub image_digest: Option<String>,
+    /// What the microVM got.
+    pub resources: Option<Resources>,
+    /// The last output.
+    pub tail: Option<String>,
+}
+
+/// Something that was learned about an agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fact<'a> {
+    /// No blade will do, and why.
+    Unschedulable(&'a str),
+    /// A blade was chosen: the next attempt belongs to it. Written before the blade is called.
+    Placed {
+        /// The blade.
+        blade: &'a str,
+    },
+    /// The blade has no room now and recorded nothing: back to the queue.
+    Refused {
+        /// What it said.
+        message: &'a str,
+    },
+    /// The attempt cannot begin yet.
+    Waiting {
+        /// One word.
+        reason: &'a str,
+        /// A sentence naming what is missing.
+        message: &'a str,
+    },
+    /// The blade will never run this spec: the end.
+    Rejected {
+        /// What it said, naming the field.
+        message: &'a str,
+    },
+    /// The blade spoke of the attempt.
+    Seen(&'a Report),
+    /// The blade no longer knows an attempt that it had begun: the end, without an exit code.
+    Forgotten,
+    /// The blade is not heard of.
+    BladeLost {
+        /// A sentence.
+        message: &'a str,
+    },
+}
+
+impl Status {
+    /// The condition of a kind.
+    #[must_use]
+    pub fn condition(&self, kind: ConditionKind) -> Option<&Condition> {
+        self.conditions.iter().find(|one| one.kind == kind)
+    }
+
+    fn holds(&self, kind: ConditionKind) -> bool {
+        self.condition(kind).is_some_and(|one| one.holds)
+    }
+
+    /// The one word, derived from the conditions.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        use ConditionKind as Kind;
+        if self.holds(Kind::Completed) {
+            Phase::Completed
+        } else if self.holds(Kind::Failed) {
+            Phase::Failed
+        } else if self.holds(Kind::NodeLost) {
+            Phase::Unknown
+        } else if self.holds(Kind::Ready) {
+            Phase::Running
+        } else if !self.holds(Kind::Scheduled) {
+            Phase::Pending
+        } else if self.has_begun() {
+            Phase::Starting
+        } else {
+            Phase::Scheduled
+        }
+    }
+
+    /// The blade accepted the attempt: if it forgets it, nobody may boot it again.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.condition(ConditionKind::Booted)
+            .is_some_and(|one| one.holds || one.reason == PREPARING)
+    }
+
+    /// Completed or Failed.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self.phase(), Phase::Completed | Phase::Failed)
+    }
+
+    /// The status after `fact`. Pure; a final status stays as it is.
+    #[must_use]
+    pub fn after(&self, fact: &Fact<'_>) -> Self {
+        use ConditionKind as Kind;
+        let mut next = self.clone();
+        if self.is_final() {
+            return next;
+        }
+        match fact {
+            Fact::Unschedulable(message) => {
+                next.node = None;
+                next.set(Kind::Scheduled, false, "Unschedulable", message);
+                next.why("Unschedulable", message);
+            }
+            Fact::Placed { blade } => {
+                next = Self {
+                    attempt: self.attempt.saturating_add(1),
+                    node: Some((*blade).to_owned()),
+                    ..Self::default()
+                };
+                next.set(Kind::Scheduled, true, "Placed", &format!("placed on blade {blade}"));
+            }
+            Fact::Refused { message } => {
+                next.node = None;
+                next.conditions.clear();
+                next.set(Kind::Scheduled, false, "Refused", message);
+                next.why("Refused", message);
+            }
+            Fact::Waiting { reason, message } => {
+                if !self.has_begun() {
+                    next.set(Kind::Booted, false, reason, message);
+                    next.why(reason, message);
+                }
+            }
+            Fact::Rejected { message } => {
+                next.set(Kind::Booted, false, "Rejected", message);
+                next.end(EndReason::Error, message);
+            }
+            Fact::Forgotten => next.end(
+                EndReason::NodeLost,
+                "the blade no longer knows this attempt, which it had begun; it is not booted a second time",
+            ),
+            Fact::BladeLost { message } => {
+                next.set(Kind::NodeLost, true, "NodeLost", message);
+                next.why("NodeLost", message);
+            }
+            Fact::Seen(report) => next.learn(report),
+        }
+        next
+    }
+
+    fn learn(&mut self, report: &Report) {
+        use ConditionKind as Kind;
+        if report.attempt != self.attempt {
+            return;
+        }
+        self.conditions.retain(|one| one.kind != Kind::NodeLost);
+        (self.reason, self.message) = (None, Some(report.message.clone()).filter(|text| !text.is_empty()));
+        if !report.image_digest.is_empty() {
+            self.image_digest = Some(report.image_digest.clone());
+            self.set(Kind::ImageReady, true, "Resolved", "");
+        }
+        if report.resources.is_some() {
+            self.resources.clone_from(&report.resources);
+        }
+        self.started_at = report.started_at.or(self.started_at);
+        if report.booted {
+            self.set(Kind::Booted, true, "Booted", "");
+        } else if !self.holds(Kind::Booted) {
+            self.set(Kind::Booted, false, PREPARING, "");
+        }
+        match (report.stage, &report.end) {
+            (Stage::Running, _) => self.set(Kind::Ready, true, "Started", ""),
+            (Stage::Ended, Some(end)) => self.finish(report, end),
+            // An end without its description is no end that could be told; the next report brings it.
+            (Stage::Ended, None) | (Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Stopping, _) => {}
+        }
+    }
+
+    fn finish(&mut self, report: &Report, end: &End) {
+        use ConditionKind as Kind;
+        self.finished_at = report.finished_at;
+        (self.exit_code, self.signal) = (end.exit_code, end.signal);
+        self.tail = Some(end.tail.clone()).filter(|text| !text.is_empty());
+        if end.reason == EndReason::ImageError && self.image_digest.is_none() {
+            self.set(Kind::ImageReady, false, "ImageError", &end.message);
+        }
+        if !report.booted {
+            self.set(Kind::Booted, false, end.reason.as_str(), &end.message);
+        }
+        // A blade that says "Completed" must have an exit report with code 0; anything else is told as what it is.
+        let (reason, message) = match (end.reason, end.exit_code) {
+            (EndReason::Completed, Some(0)) => (EndReason::Completed, end.message.clone()),
+            (EndReason::Completed, Some(code)) => {
+                (EndReason::Error, format!("the program ended with exit code {code}"))
+            }
+            (EndReason::Completed, None) => (
+                EndReason::InitLost,
+                "the microVM ended without an exit report".to_owned(),
+            ),
+            (reason, _) => (reason, end.message.clone()),
+        };
+        self.end(reason, &message);
+    }
+
+    fn end(&mut self, reason: EndReason, message: &str) {
+        use ConditionKind as Kind;
+        self.conditions.retain(|one| one.kind != Kind::NodeLost);
+        if self.condition(Kind::Ready).is_some() {
+            self.set(Kind::Ready, false, "Ended", "");
+        }
+        let kind = if reason == EndReason::Completed {
+            Kind::Completed
+        } else {
+            Kind::Failed
+        };
+        self.set(kind, true, reason.as_str(), message);
+        self.why(reason.as_str(), message);
+    }
+
+    fn why(&mut self, reason: &str, message: &str) {
+        self.reason = Some(reason.to_owned());
+        self.message = Some(message.to_owned()).filter(|text| !text.is_empty());
+    }
+
+    fn set(&mut self, kind: ConditionKind, holds: bool, reason: &str, message: &str) {
+        let condition = Condition {
+            kind,
+            holds,
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+        };
+        match self.conditions.binary_search_by_key(&kind, |one| one.kind) {
+            Ok(index) => self.conditions[index] = condition,
+            Err(index) => self.conditions.insert(index, condition),
+        }
+    }
+}
+
+/// Reason of Booted while the blade works towards it.
+const PREPARING: &str = "Preparing";
+
+#[cfg(test)]
+mod tests;
