@@ -12,7 +12,11 @@ use std::{
     sync::Arc,
 };
 
-use backhand::{FilesystemCompressor, FilesystemWriter, NodeHeader, compression::Compressor};
+use backhand::{
+    BackhandError, FilesystemCompressor, FilesystemWriter, NodeHeader, SuperBlock,
+    compression::{CompressionAction, Compressor},
+    kind::Kind as Format,
+};
 
 use crate::{
     ImageError,
@@ -21,6 +25,28 @@ use crate::{
 
 /// Folders that the guest mounts over: made where an image leaves them out (a scratch image has no `/proc`).
 const MOUNT_POINTS: [&str; 5] = ["dev", "proc", "run", "sys", "tmp"];
+
+/// Stores every block as it is. The format has no id for "uncompressed" (Linux refuses id 0, fs/squashfs/decompressor.c), only
+/// blocks that did not shrink: each is "compressed" to one byte more, whereupon the writer keeps the original.
+#[derive(Debug)]
+struct Stored;
+
+static STORED: Stored = Stored;
+
+impl CompressionAction for Stored {
+    type Error = BackhandError;
+    type Compressor = Compressor;
+    type FilesystemCompressor = FilesystemCompressor;
+    type SuperBlock = SuperBlock;
+
+    fn compress(&self, bytes: &[u8], _: FilesystemCompressor, _: u32) -> Result<Vec<u8>, BackhandError> {
+        Ok(vec![0; bytes.len() + 1])
+    }
+
+    fn decompress(&self, _: &[u8], _: &mut Vec<u8>, compressor: Compressor) -> Result<(), BackhandError> {
+        Err(BackhandError::UnsupportedCompression(format!("{compressor:?}")))
+    }
+}
 
 /// Writes `tree` to `out`; contents come from `spool`.
 pub(crate) fn write(tree: &Tree, spool: &Arc<File>, out: &Path) -> Result<(), ImageError> {
@@ -31,7 +57,9 @@ pub(crate) fn write(tree: &Tree, spool: &Arc<File>, out: &Path) -> Result<(), Im
     };
     let mut writer = FilesystemWriter::default();
     writer.set_time(0);
-    writer.set_compressor(FilesystemCompressor::new(Compressor::Uncompressed, None).map_err(failed)?);
+    writer.set_kind(Format::new_v4(&STORED));
+    // The id that every kernel with squashfs knows; no block uses it.
+    writer.set_compressor(FilesystemCompressor::new(Compressor::Gzip, None).map_err(failed)?);
     // Left out: it hashes every file once more, and images hardly repeat themselves.
     writer.set_no_duplicate_files(false);
     let root = tree.root();
