@@ -7,6 +7,9 @@
 //! Single-threaded: one `poll` serves the control stream, the payload's pipes and the death of children. Nothing outside
 //! may panic it, because the kernel panics when PID 1 ends; see [`power`] for the last word.
 
+// `sys` alone may use it.
+#![deny(unsafe_code)]
+
 mod boot;
 mod cgroup;
 mod control;

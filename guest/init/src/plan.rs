@@ -28,7 +28,6 @@ pub(crate) struct Plan {
     /// 0: leave the clock.
     pub(crate) wall_time_unix_ns: u64,
     pub(crate) entropy: Vec<u8>,
-    pub(crate) grace_s: u32,
     pub(crate) link: Option<Link>,
 }
 
@@ -109,6 +108,7 @@ impl Plan {
                 bytes: config.entropy.len(),
             });
         }
+        // Only checked: every Shutdown brings its own.
         if config.termination_grace_s > 86_400 {
             return Err(PlanError::Grace {
                 seconds: config.termination_grace_s,
@@ -124,7 +124,6 @@ impl Plan {
             hostname,
             wall_time_unix_ns: config.wall_time_unix_ns,
             entropy: config.entropy,
-            grace_s: config.termination_grace_s,
             link: config.nic.map(link).transpose()?,
         })
     }

@@ -335,8 +335,17 @@ fn exit_3_of_a_guest_is_exit_3() {
     let Some(mut vm) = vm("exit_3_of_a_guest_is_exit_3", &["out=bad news", "exit=3"]) else {
         return;
     };
+    let absent = vec![6, 0, 0, 0, 0, 0x99];
+    vm.blade.config.nic = Some(far_proto::guest::Nic {
+        mac: absent,
+        ..Default::default()
+    });
     let exit = vm.run();
     assert_eq!((exit.how, exit.start_error.as_str()), (Some(How::Code(3)), ""));
+    assert_eq!(
+        vm.blade.ready.unwrap().warnings,
+        ["no NIC with MAC 06:00:00:00:00:99: ENODEV"]
+    );
 }
 
 #[test]
@@ -347,6 +356,7 @@ fn a_guest_dials_again_and_loses_and_repeats_nothing() {
     ) else {
         return;
     };
+    vm.blade.heartbeat_ms = 100;
     vm.start();
     for stage in [Stage::WaitingForConfig, Stage::Running] {
         let mut connection = vm.blade.accept().unwrap();
@@ -358,6 +368,12 @@ fn a_guest_dials_again_and_loses_and_repeats_nothing() {
     }
     let exit = vm.blade.serve().unwrap();
     vm.ends_well();
+    let heartbeat = vm.blade.last_heartbeat.as_ref().unwrap();
+    assert!(
+        heartbeat.mem_total_kib > heartbeat.mem_available_kib && heartbeat.mem_available_kib > 0,
+        "{heartbeat:?}"
+    );
+    assert!(heartbeat.cpu_usage_us > 0 && heartbeat.boot_ns > 0, "{heartbeat:?}");
     assert_eq!(exit.how, Some(How::Code(0)));
     let expected: String = (1..=60).map(|n| format!("line {n}\n")).collect();
     assert_eq!((vm.blade.text(0), vm.blade.text(1)), (expected, "done\n".into()));

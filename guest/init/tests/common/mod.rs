@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use far_proto::{
     frame::{self, Decoder},
     guest::{
-        Config, Exit, ExitAck, FileChunk, FileEntry, GuestMessage, Hello, HostMessage, LogAck, Ready, Stage, Start,
-        Welcome, guest_message::Kind as FromGuest, host_message::Kind as ToGuest,
+        Config, Exit, ExitAck, FileChunk, FileEntry, GuestMessage, Heartbeat, Hello, HostMessage, LogAck, Ready, Stage,
+        Start, Welcome, guest_message::Kind as FromGuest, host_message::Kind as ToGuest,
     },
 };
 use nix::poll::{PollFd, PollFlags, poll};
@@ -37,6 +37,7 @@ pub struct Blade {
     pub hellos: Vec<Hello>,
     pub ready: Option<Ready>,
     pub heartbeats: u64,
+    pub last_heartbeat: Option<Heartbeat>,
     /// Stored bytes and last sequence number of stdout and stderr.
     pub stored: [(Vec<u8>, u64); 2],
     /// Records that came again after a reconnect.
@@ -75,6 +76,7 @@ impl Blade {
             hellos: vec![],
             ready: None,
             heartbeats: 0,
+            last_heartbeat: None,
             stored: Default::default(),
             repeated: 0,
         })
@@ -152,8 +154,10 @@ impl Blade {
                 self.ready = Some(ready);
                 Some(Event::Ready)
             }
-            Some(FromGuest::Heartbeat(_)) => {
+            Some(FromGuest::Heartbeat(heartbeat)) => {
                 self.heartbeats += 1;
+                ensure!(heartbeat.seq > self.last_heartbeat.as_ref().map_or(0, |last| last.seq));
+                self.last_heartbeat = Some(heartbeat);
                 Some(Event::Heartbeat)
             }
             Some(FromGuest::Log(log)) => {
