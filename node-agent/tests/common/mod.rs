@@ -1,0 +1,326 @@
+//! One far-node as a real process, in folders of its own.
+
+use far_node::client::connect_unix;
+use far_proto::node::{
+    AgentSpec, AgentState, EnsureAgentRequest, Identity, ListAgentsRequest, LoadImageRequest, LogChunk, LogsRequest,
+    WatchEventsRequest, node_client::NodeClient,
+};
+use futures::StreamExt;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+use tonic::transport::Channel;
+
+/// Real boots under a software CPU on a busy machine.
+const LIMIT: Duration = Duration::from_secs(240);
+/// Output kept per attempt in these tests.
+pub(crate) const LOG_MAX_BYTES: u64 = 1 << 20;
+
+pub(crate) struct Node {
+    dir: tempfile::TempDir,
+    args: Vec<String>,
+    process: Child,
+    client: NodeClient<Channel>,
+}
+
+/// The request for an agent whose uid and name are `uid`.
+pub(crate) fn agent(uid: &str, image: &str, entrypoint: Option<&str>, args: &[&str], memory_mib: u32) -> EnsureAgentRequest {
+    EnsureAgentRequest {
+        epoch: 0,
+        identity: Some(Identity { uid: uid.into(), attempt: 1, namespace: "default".into(), name: uid.into() }),
+        spec: Some(AgentSpec {
+            image: image.into(),
+            cpu_millis: 1000,
+            memory_mib,
+            entrypoint: entrypoint.map(Into::into),
+            args: args.iter().map(|arg| (*arg).into()).collect(),
+            termination_grace_s: 5,
+            ..AgentSpec::default()
+        }),
+    }
+}
+
+fn cache() -> PathBuf {
+    let home = PathBuf::from(std::env::var_os("HOME").unwrap_or_default());
+    std::env::var_os("FAR_CACHE").map_or_else(|| home.join(".cache/far"), PathBuf::from)
+}
+
+fn boot_kit() -> PathBuf {
+    std::env::var_os("FAR_BOOT_KIT").map_or_else(|| cache().join("guest"), PathBuf::from)
+}
+
+/// Where cargo put the programs.
+fn programs() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_far-node")).parent().unwrap().to_owned()
+}
+
+fn missing() -> Option<String> {
+    let kit = boot_kit();
+    let needed = [
+        (kit.join("vmlinux"), "the boot kit, made by `make guest`"),
+        (kit.join("initramfs.cpio"), "the boot kit, made by `make guest`"),
+        (kit.join("tiffany-vm.oci.tar"), "the boot kit, made by `make guest`"),
+        (programs().join("far-vmm"), "far-vmm: cargo build -p far-vmm"),
+    ];
+    let lack = needed.iter().find(|(path, _)| !path.is_file());
+    if let Some((path, what)) = lack {
+        return Some(format!("{} ({what})", path.display()));
+    }
+    let found = far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default());
+    (!found.can_run_vms()).then(|| format!("a VMM: {}; {}", found.qemu.reason, found.vhost_device_vsock.reason))
+}
+
+impl Node {
+    pub(crate) async fn start(test: &str) -> Option<Self> {
+        Self::start_with(test, &[]).await
+    }
+
+    pub(crate) async fn start_with(test: &str, more: &[&str]) -> Option<Self> {
+        if let Some(missing) = missing() {
+            eprintln!("SKIPPED {test}: {missing}");
+            return None;
+        }
+        let dir = tempfile::Builder::new().prefix("fn").tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let mut args: Vec<String> = vec![
+            "--state-dir".into(), at("state"), "--run-dir".into(), at("run"), "--ready-file".into(), at("ready"),
+            "--boot-kit".into(), boot_kit().display().to_string(), "--name".into(), "blade".into(),
+            "--log-max-bytes".into(), LOG_MAX_BYTES.to_string(), "--boot-timeout".into(), "120s".into(),
+            "--system-reserved-memory".into(), "0MiB".into(),
+        ];
+        if let Some(at) = more.iter().position(|arg| *arg == "--boot-timeout") {
+            let own = args.iter().position(|arg| arg == "--boot-timeout").unwrap();
+            args[own + 1] = more[at + 1].into();
+        }
+        let process = spawn(&args, dir.path());
+        let client = connect(dir.path()).await;
+        Some(Self { dir, args, process, client })
+    }
+
+    pub(crate) fn client(&mut self) -> &mut NodeClient<Channel> {
+        &mut self.client
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// SIGKILL, then a new far-node with the same folders.
+    pub(crate) async fn kill_and_restart(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        let _ = fs::remove_file(self.at("ready"));
+        self.process = spawn(&self.args, self.dir.path());
+        self.client = connect(self.dir.path()).await;
+    }
+
+    pub(crate) async fn load_tiffany(&mut self, reference: &str) {
+        self.load(&boot_kit().join("tiffany-vm.oci.tar"), reference).await;
+    }
+
+    /// The test program as image `payload`; `None` (and a SKIPPED line) where it was not built.
+    pub(crate) async fn load_payload(&mut self) -> Option<()> {
+        let built = programs().parent().unwrap().join("x86_64-unknown-linux-gnu/guest/far-payload");
+        let program = std::env::var_os("FAR_PAYLOAD").map_or(built, PathBuf::from);
+        let Ok(bytes) = fs::read(&program) else {
+            eprintln!("SKIPPED {}: {} (made by `make guest`)", std::thread::current().name().unwrap_or_default(), program.display());
+            return None;
+        };
+        let mut image = far_image::oci::Builder::new();
+        image.file("/payload", 0o755, 0, bytes).unwrap();
+        image.entrypoint(["/payload".to_owned()]);
+        let archive = self.at("payload.tar");
+        fs::write(&archive, image.build()).unwrap();
+        self.load(&archive, "payload").await;
+        Some(())
+    }
+
+    async fn load(&mut self, archive: &Path, reference: &str) {
+        let bytes = fs::read(archive).unwrap();
+        let mut parts: Vec<_> =
+            bytes.chunks(1 << 20).map(|data| LoadImageRequest { reference: String::new(), data: data.to_vec() }).collect();
+        parts[0].reference = reference.into();
+        self.client.load_image(tokio_stream::iter(parts)).await.unwrap();
+    }
+
+    /// Watches until the agent's state fulfils a claim.
+    pub(crate) async fn until(&mut self, uid: &str, claim: impl Fn(&AgentState) -> bool) -> AgentState {
+        let mut last = None;
+        let wait = async {
+            let mut events = self.client.watch_events(WatchEventsRequest::default()).await.unwrap().into_inner();
+            loop {
+                let event = events.message().await.unwrap().unwrap();
+                let Some(state) = event.state else { continue };
+                if state.identity.as_ref().unwrap().uid != uid {
+                    continue;
+                }
+                if claim(&state) {
+                    return state;
+                }
+                last = Some(state);
+            }
+        };
+        match tokio::time::timeout(LIMIT, wait).await {
+            Ok(state) => state,
+            Err(_) => panic!("{uid} never got there, last {last:#?}\n{}", self.report()),
+        }
+    }
+
+    async fn chunks(&mut self, uid: &str, follow: bool) -> tonic::Streaming<LogChunk> {
+        let identity = Some(Identity { uid: uid.into(), ..Identity::default() });
+        self.client.logs(LogsRequest { identity, follow, ..LogsRequest::default() }).await.unwrap().into_inner()
+    }
+
+    /// Output as stored, with what was dropped.
+    pub(crate) async fn output_and_drops(&mut self, uid: &str) -> (Vec<u8>, u64) {
+        let (mut output, mut dropped) = (Vec::new(), 0);
+        let mut chunks = self.chunks(uid, false).await;
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.unwrap();
+            dropped += chunk.dropped_bytes;
+            output.extend(chunk.data);
+        }
+        (output, dropped)
+    }
+
+    pub(crate) async fn output(&mut self, uid: &str) -> String {
+        String::from_utf8(self.output_and_drops(uid).await.0).unwrap()
+    }
+
+    /// Follows until the output has this text.
+    pub(crate) async fn until_output(&mut self, uid: &str, text: &str) {
+        let mut seen = String::new();
+        let mut chunks = self.chunks(uid, true).await;
+        let wait = async {
+            while !seen.contains(text) {
+                match chunks.next().await {
+                    Some(chunk) => seen += &String::from_utf8_lossy(&chunk.unwrap().data),
+                    None => panic!("the output ended without {text:?}: {seen:?}"),
+                }
+            }
+        };
+        tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| panic!("no {text:?} came\n{}", self.report()));
+    }
+
+    /// Neither processes nor files of this VM are there any more.
+    pub(crate) async fn until_nothing_is_left(&self, vm_id: &str) {
+        let folder = self.at("run").join("vm").join(vm_id);
+        let needle = folder.display().to_string();
+        let wait = async {
+            while folder.exists() || !processes_with(&needle).is_empty() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(60), wait).await.is_err() {
+            panic!("left of {vm_id}: folder {}, processes {:?}", folder.exists(), processes_with(&needle));
+        }
+    }
+
+    /// Kills the VM's QEMU.
+    pub(crate) async fn kill_vmm(&self, vm_id: &str) {
+        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
+        let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();
+        let pid = status.vmm_pid.expect("the VMM runs").to_string();
+        assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    }
+
+    /// No file of this far-node has these bytes; the VM's own log is left out.
+    pub(crate) fn assert_nowhere_on_disk(&self, secret: &[u8], vm_id: &str) {
+        let own_log = self.at("state").join("logs").join(vm_id);
+        let mut folders = vec![self.at("state"), self.at("run")];
+        while let Some(folder) = folders.pop().filter(|folder| *folder != own_log) {
+            for entry in fs::read_dir(folder).unwrap() {
+                let entry = entry.unwrap();
+                let kind = entry.file_type().unwrap();
+                if kind.is_dir() {
+                    folders.push(entry.path());
+                } else if kind.is_file() {
+                    let bytes = fs::read(entry.path()).unwrap();
+                    let found = bytes.windows(secret.len()).any(|part| part == secret);
+                    assert!(!found, "a secret is in {}", entry.path().display());
+                }
+            }
+        }
+    }
+
+    pub(crate) fn log_bytes(&self, vm_id: &str) -> u64 {
+        let folder = self.at("state").join("logs").join(vm_id);
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+    }
+
+    /// What a person would look at after a failure.
+    pub(crate) fn report(&self) -> String {
+        let tail = |path: PathBuf| {
+            let bytes = fs::read(&path).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(3000)..]).into_owned();
+            format!("== {}\n{text}\n", path.display())
+        };
+        let mut report = tail(self.at("far-node.log"));
+        for vm in fs::read_dir(self.at("run/vm")).into_iter().flatten().flatten() {
+            for name in ["far-vmm.log", "exit.json", "console.log"] {
+                report += &tail(vm.path().join(name));
+            }
+        }
+        report
+    }
+
+    /// SIGTERM, and waits.
+    pub(crate) async fn stop(mut self) {
+        let pid = self.process.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        while self.process.try_wait().unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(self.process.wait().unwrap().success());
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        // far-vmm goes, and takes its VMM along, when its folder is gone.
+        let _ = fs::remove_dir_all(self.at("run"));
+    }
+}
+
+fn spawn(args: &[String], dir: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(dir.join("far-node.log")).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_far-node"))
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+/// Waits for the ready file, then connects.
+async fn connect(dir: &Path) -> NodeClient<Channel> {
+    let ready = async {
+        while !dir.join("ready").exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(60), ready).await.is_err() {
+        panic!("far-node did not start: {}", fs::read_to_string(dir.join("far-node.log")).unwrap_or_default());
+    }
+    let mut client = connect_unix(&dir.join("run/node.sock")).await.unwrap();
+    client.list_agents(ListAgentsRequest {}).await.unwrap();
+    client
+}
+
+fn processes_with(needle: &str) -> Vec<String> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| {
+            entry.file_name().to_str()?.parse::<u32>().ok()?;
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            line.contains(needle).then_some(line)
+        })
+        .collect()
+}
