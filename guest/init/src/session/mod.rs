@@ -8,17 +8,18 @@
 //! (Ready, unacknowledged logs, Exit), and the host drops what it has.
 //! Invariant: the payload is started at most once per boot.
 
+mod hear;
+mod speak;
+
 use crate::{
     boot::{self, BootReport},
-    cgroup::{self, Cgroup},
+    cgroup::Cgroup,
     control::{
         connection::{Link, Progress},
         outbox::{Channel, Outbox, OutboxError},
     },
     files::Uploads,
     logs::Pipes,
-    network,
-    payload::{self, NOT_EXECUTABLE},
     place::Place,
     plan::Plan,
     power::{self, Fatal, with_sources},
@@ -28,28 +29,21 @@ use crate::{
 };
 use far_proto::{
     frame::GENERATION,
-    guest::{
-        self, Config, Exit, FileChunk, GuestMessage, Heartbeat, Hello, HostMessage, Ready, Stage, Welcome, exit,
-        guest_message::Kind as Say, host_message::Kind as Heard,
-    },
+    guest::{Exit, Ready, exit},
 };
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::time::TimeSpec,
-    time::{ClockId, clock_settime},
     unistd::Pid,
 };
 use std::{
-    fs::{self, File},
+    fs::File,
     io::Read,
     time::{Duration, Instant},
 };
 
 /// How long an exit report waits for a host that is silent. Then the VM ends and the blade shows what it knows.
 const GIVE_UP_MINUTES: u64 = 10;
-/// Range of the heartbeat interval, ms (the contract's limits).
-const HEARTBEAT_MS: (u32, u32) = (100, 60_000);
 /// Longest `start_error`, bytes.
 const MAX_START_ERROR: usize = 1024;
 
@@ -241,8 +235,6 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    // ---- time
-
     fn next_deadline(&self, now: Instant) -> Option<Instant> {
         let beat = self
             .said
@@ -289,8 +281,6 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
-
-    // ---- children
 
     fn collect_children(&mut self) -> Result<(), Fatal> {
         let main = match &self.state {
@@ -348,304 +338,6 @@ impl<'a> Session<'a> {
         self.last_heard = Instant::now();
         self.state = State::Exited(Box::new(exit));
     }
-
-    // ---- speaking
-
-    fn greet(&mut self) {
-        self.boot.done("connect");
-        self.said = Said::default();
-        let stage = match &self.state {
-            State::Waiting { .. } => Stage::WaitingForConfig,
-            State::Running(_) => Stage::Running,
-            State::Exited(_) => Stage::Exited,
-        };
-        self.link.queue(&message(Say::Hello(Hello {
-            lowest_generation: GENERATION,
-            highest_generation: GENERATION,
-            boot_nonce: self.nonce.clone(),
-            init_version: env!("CARGO_PKG_VERSION").into(),
-            stage: stage.into(),
-            boot_ns: boot::boot_ns(),
-        })));
-    }
-
-    /// Queues what this connection was not told yet, as far as there is room, and tells whether that was anything.
-    fn speak(&mut self, now: Instant) -> bool {
-        if !self.said.welcomed {
-            return false;
-        }
-        let mut spoke = false;
-        if let Some(ready) = self.ready.as_ref().filter(|_| !self.said.ready) {
-            self.link.queue(&message(Say::Ready(ready.clone())));
-            self.said.ready = true;
-            spoke = true;
-        }
-        if let Some(beat) = self
-            .said
-            .heartbeat
-            .filter(|beat| beat.next <= now && self.link.has_room())
-        {
-            let heartbeat = self.heartbeat();
-            self.link.queue(&message(Say::Heartbeat(heartbeat)));
-            self.said.heartbeat = Some(Beat {
-                next: now + beat.every,
-                ..beat
-            });
-        }
-        let mut silent = 0;
-        for channel in Channel::BOTH.into_iter().cycle() {
-            if silent == Channel::BOTH.len() || !self.link.has_room() {
-                break;
-            }
-            match self.outbox.next(channel) {
-                Some(log) => {
-                    self.link.queue(&message(Say::Log(log)));
-                    silent = 0;
-                    spoke = true;
-                }
-                None => silent += 1,
-            }
-        }
-        if let State::Exited(exit) = &self.state
-            && !self.said.exit
-            && self.outbox.all_sent()
-            && self.link.has_room()
-        {
-            self.link.queue(&message(Say::Exit((**exit).clone())));
-            self.said.exit = true;
-            spoke = true;
-        }
-        spoke
-    }
-
-    fn heartbeat(&mut self) -> Heartbeat {
-        self.heartbeats += 1;
-        let (mem_total_kib, mem_available_kib) = cgroup::memory_kib();
-        let (cpu_usage_us, processes) = self.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
-        Heartbeat {
-            seq: self.heartbeats,
-            boot_ns: boot::boot_ns(),
-            mem_total_kib,
-            mem_available_kib,
-            cpu_usage_us,
-            processes,
-        }
-    }
-
-    // ---- hearing
-
-    fn listen(&mut self, now: Instant) {
-        if let Err(error) = self.link.read() {
-            return self.lose(&error, now);
-        }
-        loop {
-            match self.link.receive() {
-                Ok(None) => return,
-                Err(error) => return self.lose(&error, now),
-                Ok(Some(HostMessage { kind: None })) => {
-                    // A kind of a later generation: not for us.
-                }
-                Ok(Some(HostMessage { kind: Some(heard) })) => {
-                    self.last_heard = now;
-                    if let Err(misuse) = self.hear(heard, now) {
-                        return self.lose(&misuse, now);
-                    }
-                }
-            }
-        }
-    }
-
-    fn lose(&mut self, error: &dyn std::error::Error, now: Instant) {
-        // Dialling in vain is ordinary while the blade restarts; the console hears of a connection that was good.
-        if self.said.welcomed {
-            power::say(&with_sources(error));
-        }
-        self.said = Said::default();
-        self.link.hang_up(now);
-        if let State::Waiting { offer } = &mut self.state {
-            *offer = None;
-        }
-    }
-
-    fn hear(&mut self, heard: Heard, now: Instant) -> Result<(), Misuse> {
-        if !self.said.welcomed && !matches!(heard, Heard::Welcome(_)) {
-            return Err(Misuse::BeforeWelcome);
-        }
-        match heard {
-            Heard::Welcome(welcome) => self.welcome(&welcome, now),
-            Heard::Config(config) => self.take_config(config),
-            Heard::FileChunk(chunk) => self.take_chunk(chunk),
-            Heard::Start(guest::Start {}) => self.start(),
-            Heard::LogAck(ack) => Ok(self.outbox.acknowledge(ack.stream, ack.seq)?),
-            Heard::ExitAck(guest::ExitAck {}) => {
-                // Only an answer to an Exit that was sent ends the VM.
-                self.done |= self.said.exit;
-                Ok(())
-            }
-            Heard::Signal(signal) => {
-                self.signal(signal.number);
-                Ok(())
-            }
-            Heard::Shutdown(shutdown) => {
-                self.shut_down(shutdown.grace_s, now);
-                Ok(())
-            }
-        }
-    }
-
-    fn welcome(&mut self, welcome: &Welcome, now: Instant) -> Result<(), Misuse> {
-        if self.said.welcomed {
-            return Err(Misuse::WelcomeTwice);
-        }
-        if welcome.generation != GENERATION {
-            return Err(Misuse::Generation(welcome.generation));
-        }
-        let stored = [welcome.stored_stdout_seq, welcome.stored_stderr_seq];
-        self.outbox.resume(stored, welcome.log_window_bytes as usize)?;
-        self.link.welcomed();
-        self.said.welcomed = true;
-        self.said.heartbeat = (welcome.heartbeat_interval_ms > 0).then(|| {
-            let ms = welcome.heartbeat_interval_ms.clamp(HEARTBEAT_MS.0, HEARTBEAT_MS.1);
-            let every = Duration::from_millis(ms.into());
-            Beat {
-                every,
-                next: now + every,
-            }
-        });
-        Ok(())
-    }
-
-    fn take_config(&mut self, config: Config) -> Result<(), Misuse> {
-        let State::Waiting { offer } = &mut self.state else {
-            // The host missed what happened since its Hello; Ready or Exit tells it.
-            return Ok(());
-        };
-        if offer.is_some() {
-            return Err(Misuse::ConfigTwice);
-        }
-        match Plan::from_config(config) {
-            Ok(plan) => {
-                let uploads = Uploads::new(plan.files.clone());
-                *offer = Some(Offer {
-                    plan: Box::new(plan),
-                    uploads,
-                });
-                self.boot.done("config");
-            }
-            Err(error) => self.fail(NOT_EXECUTABLE, with_sources(&error)),
-        }
-        Ok(())
-    }
-
-    fn take_chunk(&mut self, chunk: FileChunk) -> Result<(), Misuse> {
-        let State::Waiting { offer } = &mut self.state else {
-            return Ok(());
-        };
-        let offer = offer.as_mut().ok_or(Misuse::NoConfig)?;
-        if let Err(error) = offer.uploads.accept(chunk) {
-            self.fail(NOT_EXECUTABLE, with_sources(&error));
-        }
-        Ok(())
-    }
-
-    /// Start: everything between the configuration and the payload's process.
-    fn start(&mut self) -> Result<(), Misuse> {
-        let State::Waiting { offer } = &mut self.state else {
-            return Ok(());
-        };
-        let Offer { plan, mut uploads } = offer.take().ok_or(Misuse::NoConfig)?;
-        if let Err((code, text)) = self.launch(&plan, &mut uploads) {
-            self.fail(code, text);
-        }
-        Ok(())
-    }
-
-    fn launch(&mut self, plan: &Plan, uploads: &mut Uploads) -> Result<(), (u32, String)> {
-        let refused = |error: &dyn std::error::Error| (NOT_EXECUTABLE, with_sources(error));
-        uploads.verify().map_err(|error| refused(&error))?;
-        self.settle(plan);
-        let root = self
-            .root
-            .as_ref()
-            .map_err(|error| (NOT_EXECUTABLE, format!("spec.image: {}", with_sources(error))))?;
-        if let Some(link) = &plan.link {
-            network::configure(self.place, link, root, &mut self.boot);
-        }
-        self.boot.done("network");
-        let failed = |error: payload::StartError| (error.code(), with_sources(&error));
-        let user = payload::identity(root, &plan.user).map_err(failed)?;
-        uploads.place(root, &user).map_err(|error| refused(&error))?;
-        let started = payload::start(self.place, plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
-        self.boot.done("spawn");
-        self.ready = Some(Ready {
-            pid: u32::try_from(started.pid.as_raw()).unwrap_or(0),
-            stages: self.boot.stages(),
-            warnings: self.boot.warnings(),
-        });
-        self.state = State::Running(Box::new(Running {
-            pid: started.pid,
-            pipes: started.pipes,
-            ended: None,
-            stop: None,
-        }));
-        Ok(())
-    }
-
-    /// Name, clock and entropy. Each has a default that works, so each failure is a warning.
-    fn settle(&mut self, plan: &Plan) {
-        if let Err(error) = nix::unistd::sethostname(&plan.hostname) {
-            self.boot.warn(format!("host name: {error}"));
-        }
-        if !self.place.is_guest() {
-            return;
-        }
-        if plan.wall_time_unix_ns > 0 {
-            let time = TimeSpec::from_duration(Duration::from_nanos(plan.wall_time_unix_ns));
-            if let Err(error) = clock_settime(ClockId::CLOCK_REALTIME, time) {
-                self.boot.warn(format!("wall clock: {error}"));
-            }
-        }
-        if !plan.entropy.is_empty() {
-            let credited = fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/urandom")
-                .and_then(|random| sys::credit_entropy(&random, &plan.entropy));
-            if let Err(error) = credited {
-                self.boot.warn(format!("entropy: {error}"));
-            }
-        }
-    }
-
-    fn signal(&self, number: u32) {
-        let State::Running(running) = &self.state else { return };
-        if running.ended.is_some() {
-            return;
-        }
-        if let Some(number) = i32::try_from(number).ok().filter(|number| (1..=64).contains(number)) {
-            // ESRCH cannot be: the process is not reaped yet. EINVAL is the host's mistake and harms nobody.
-            let _ = sys::kill(running.pid, number);
-        }
-    }
-
-    fn shut_down(&mut self, grace_s: u32, now: Instant) {
-        let asked = Stop {
-            kill_at: now + Duration::from_secs(grace_s.min(86_400).into()),
-            killed: false,
-        };
-        match &mut self.state {
-            State::Waiting { .. } => self.fail(NOT_EXECUTABLE, "asked to stop before the payload was started".into()),
-            State::Running(running) => {
-                let first = running.stop.is_none();
-                running.stop = Some(combine(running.stop, asked));
-                if first && grace_s > 0 && running.ended.is_none() {
-                    for number in [libc::SIGTERM, libc::SIGCONT] {
-                        let _ = sys::kill(running.pid, number);
-                    }
-                }
-            }
-            State::Exited(_) => {}
-        }
-    }
 }
 
 /// A second stop may shorten the grace period, never extend it.
@@ -661,10 +353,6 @@ fn combine(first: Option<Stop>, second: Stop) -> Stop {
 fn kill_everything() {
     // ESRCH: nothing is left, which is what was wanted.
     let _ = sys::kill(Pid::from_raw(-1), libc::SIGKILL);
-}
-
-fn message(kind: Say) -> GuestMessage {
-    GuestMessage { kind: Some(kind) }
 }
 
 #[cfg(test)]

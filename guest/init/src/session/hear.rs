@@ -1,0 +1,242 @@
+//! What the blade says, and what the guest does about it. A blade that breaks the order loses its connection; a
+//! configuration that cannot be carried out becomes an exit report.
+
+use super::{Beat, Misuse, Offer, Running, Said, Session, State, Stop, combine};
+use crate::{
+    files::Uploads,
+    network,
+    payload::{self, NOT_EXECUTABLE},
+    plan::Plan,
+    power::{self, with_sources},
+    sys,
+};
+use far_proto::{
+    frame::GENERATION,
+    guest::{self, Config, FileChunk, HostMessage, Ready, Welcome, host_message::Kind as Heard},
+};
+use nix::{
+    sys::time::TimeSpec,
+    time::{ClockId, clock_settime},
+};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+/// Range of the heartbeat interval, ms (the contract's limits).
+const HEARTBEAT_MS: (u32, u32) = (100, 60_000);
+
+impl Session<'_> {
+    pub(super) fn listen(&mut self, now: Instant) {
+        if let Err(error) = self.link.read() {
+            return self.lose(&error, now);
+        }
+        loop {
+            match self.link.receive() {
+                Ok(None) => return,
+                Err(error) => return self.lose(&error, now),
+                Ok(Some(HostMessage { kind: None })) => {
+                    // A kind of a later generation: not for us.
+                }
+                Ok(Some(HostMessage { kind: Some(heard) })) => {
+                    self.last_heard = now;
+                    if let Err(misuse) = self.hear(heard, now) {
+                        return self.lose(&misuse, now);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn lose(&mut self, error: &dyn std::error::Error, now: Instant) {
+        // Dialling in vain is ordinary while the blade restarts; the console hears of a connection that was good.
+        if self.said.welcomed {
+            power::say(&with_sources(error));
+        }
+        self.said = Said::default();
+        self.link.hang_up(now);
+        if let State::Waiting { offer } = &mut self.state {
+            *offer = None;
+        }
+    }
+
+    fn hear(&mut self, heard: Heard, now: Instant) -> Result<(), Misuse> {
+        if !self.said.welcomed && !matches!(heard, Heard::Welcome(_)) {
+            return Err(Misuse::BeforeWelcome);
+        }
+        match heard {
+            Heard::Welcome(welcome) => self.welcome(&welcome, now),
+            Heard::Config(config) => self.take_config(config),
+            Heard::FileChunk(chunk) => self.take_chunk(chunk),
+            Heard::Start(guest::Start {}) => self.start(),
+            Heard::LogAck(ack) => Ok(self.outbox.acknowledge(ack.stream, ack.seq)?),
+            Heard::ExitAck(guest::ExitAck {}) => {
+                // Only an answer to an Exit that was sent ends the VM.
+                self.done |= self.said.exit;
+                Ok(())
+            }
+            Heard::Signal(signal) => {
+                self.signal(signal.number);
+                Ok(())
+            }
+            Heard::Shutdown(shutdown) => {
+                self.shut_down(shutdown.grace_s, now);
+                Ok(())
+            }
+        }
+    }
+
+    fn welcome(&mut self, welcome: &Welcome, now: Instant) -> Result<(), Misuse> {
+        if self.said.welcomed {
+            return Err(Misuse::WelcomeTwice);
+        }
+        if welcome.generation != GENERATION {
+            return Err(Misuse::Generation(welcome.generation));
+        }
+        let stored = [welcome.stored_stdout_seq, welcome.stored_stderr_seq];
+        self.outbox.resume(stored, welcome.log_window_bytes as usize)?;
+        self.link.welcomed();
+        self.said.welcomed = true;
+        self.said.heartbeat = (welcome.heartbeat_interval_ms > 0).then(|| {
+            let ms = welcome.heartbeat_interval_ms.clamp(HEARTBEAT_MS.0, HEARTBEAT_MS.1);
+            let every = Duration::from_millis(ms.into());
+            Beat {
+                every,
+                next: now + every,
+            }
+        });
+        Ok(())
+    }
+
+    fn take_config(&mut self, config: Config) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            // The host missed what happened since its Hello; Ready or Exit tells it.
+            return Ok(());
+        };
+        if offer.is_some() {
+            return Err(Misuse::ConfigTwice);
+        }
+        match Plan::from_config(config) {
+            Ok(plan) => {
+                let uploads = Uploads::new(plan.files.clone());
+                *offer = Some(Offer {
+                    plan: Box::new(plan),
+                    uploads,
+                });
+                self.boot.done("config");
+            }
+            Err(error) => self.fail(NOT_EXECUTABLE, with_sources(&error)),
+        }
+        Ok(())
+    }
+
+    fn take_chunk(&mut self, chunk: FileChunk) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            return Ok(());
+        };
+        let offer = offer.as_mut().ok_or(Misuse::NoConfig)?;
+        if let Err(error) = offer.uploads.accept(chunk) {
+            self.fail(NOT_EXECUTABLE, with_sources(&error));
+        }
+        Ok(())
+    }
+
+    /// Start: everything between the configuration and the payload's process.
+    fn start(&mut self) -> Result<(), Misuse> {
+        let State::Waiting { offer } = &mut self.state else {
+            return Ok(());
+        };
+        let Offer { plan, mut uploads } = offer.take().ok_or(Misuse::NoConfig)?;
+        if let Err((code, text)) = self.launch(&plan, &mut uploads) {
+            self.fail(code, text);
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, plan: &Plan, uploads: &mut Uploads) -> Result<(), (u32, String)> {
+        let refused = |error: &dyn std::error::Error| (NOT_EXECUTABLE, with_sources(error));
+        uploads.verify().map_err(|error| refused(&error))?;
+        self.settle(plan);
+        let root = self
+            .root
+            .as_ref()
+            .map_err(|error| (NOT_EXECUTABLE, format!("spec.image: {}", with_sources(error))))?;
+        if let Some(link) = &plan.link {
+            network::configure(self.place, link, root, &mut self.boot);
+        }
+        self.boot.done("network");
+        let failed = |error: payload::StartError| (error.code(), with_sources(&error));
+        let user = payload::identity(root, &plan.user).map_err(failed)?;
+        uploads.place(root, &user).map_err(|error| refused(&error))?;
+        let started = payload::start(self.place, plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
+        self.boot.done("spawn");
+        self.ready = Some(Ready {
+            pid: u32::try_from(started.pid.as_raw()).unwrap_or(0),
+            stages: self.boot.stages(),
+            warnings: self.boot.warnings(),
+        });
+        self.state = State::Running(Box::new(Running {
+            pid: started.pid,
+            pipes: started.pipes,
+            ended: None,
+            stop: None,
+        }));
+        Ok(())
+    }
+
+    /// Name, clock and entropy. Each has a default that works, so each failure is a warning.
+    fn settle(&mut self, plan: &Plan) {
+        if let Err(error) = nix::unistd::sethostname(&plan.hostname) {
+            self.boot.warn(format!("host name: {error}"));
+        }
+        if !self.place.is_guest() {
+            return;
+        }
+        if plan.wall_time_unix_ns > 0 {
+            let time = TimeSpec::from_duration(Duration::from_nanos(plan.wall_time_unix_ns));
+            if let Err(error) = clock_settime(ClockId::CLOCK_REALTIME, time) {
+                self.boot.warn(format!("wall clock: {error}"));
+            }
+        }
+        if !plan.entropy.is_empty() {
+            let credited = fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/urandom")
+                .and_then(|random| sys::credit_entropy(&random, &plan.entropy));
+            if let Err(error) = credited {
+                self.boot.warn(format!("entropy: {error}"));
+            }
+        }
+    }
+
+    fn signal(&self, number: u32) {
+        let State::Running(running) = &self.state else { return };
+        if running.ended.is_some() {
+            return;
+        }
+        if let Some(number) = i32::try_from(number).ok().filter(|number| (1..=64).contains(number)) {
+            // ESRCH cannot be: the process is not reaped yet. EINVAL is the host's mistake and harms nobody.
+            let _ = sys::kill(running.pid, number);
+        }
+    }
+
+    fn shut_down(&mut self, grace_s: u32, now: Instant) {
+        let asked = Stop {
+            kill_at: now + Duration::from_secs(grace_s.min(86_400).into()),
+            killed: false,
+        };
+        match &mut self.state {
+            State::Waiting { .. } => self.fail(NOT_EXECUTABLE, "asked to stop before the payload was started".into()),
+            State::Running(running) => {
+                let first = running.stop.is_none();
+                running.stop = Some(combine(running.stop, asked));
+                if first && grace_s > 0 && running.ended.is_none() {
+                    for number in [libc::SIGTERM, libc::SIGCONT] {
+                        let _ = sys::kill(running.pid, number);
+                    }
+                }
+            }
+            State::Exited(_) => {}
+        }
+    }
+}
