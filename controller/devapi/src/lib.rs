@@ -19,6 +19,7 @@ mod handlers;
 mod jsonpath;
 mod meta;
 mod patch;
+mod protobuf;
 mod request;
 mod schema;
 mod selector;

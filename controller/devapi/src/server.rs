@@ -26,6 +26,7 @@ use crate::faults::{self, Action, Fault};
 use crate::handlers::delete::Options;
 use crate::handlers::write::{Patch, Written};
 use crate::handlers::{Target, delete, read, review, scale, watch, write};
+use crate::protobuf;
 use crate::request::{Parameters, Path, ResourcePath, verb};
 
 /// Bodies beyond this are refused, as on the real server.
@@ -138,8 +139,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Routed, Ref
         .get("accept")
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
-    let aggregated = accept.contains("as=APIGroupDiscoveryList")
-        && accept.contains("v=v2;") | accept.contains("v=v2,") | accept.ends_with("v=v2");
+    let aggregated = wants_aggregated(accept);
     let document = match Path::parse(&path) {
         Path::Resource(resource) => return resource_request(app, &resource, request, parameters).await,
         Path::Core if aggregated => return Ok(aggregated_json(&discovery::aggregated(&snapshot, true)).into()),
@@ -173,6 +173,14 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Routed, Ref
         Method::GET | Method::HEAD => Ok(json_answer(StatusCode::OK, read::bytes(&document), &[]).into()),
         _ => Err(ApiError::MethodNotAllowed.into()),
     }
+}
+
+/// Whether the aggregated discovery document, in the version served here, is among what the client accepts.
+fn wants_aggregated(accept: &str) -> bool {
+    accept.split(',').any(|part| {
+        let has = |parameter: &str| part.split(';').any(|found| found.trim() == parameter);
+        has("as=APIGroupDiscoveryList") && has("v=v2")
+    })
 }
 
 fn authenticate(app: &App, request: &Request<Incoming>) -> Result<(), ApiError> {
@@ -365,14 +373,19 @@ async fn collect(request: Request<Incoming>) -> Result<Bytes, ApiError> {
         .get("content-type")
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
-    if media.contains("protobuf") || media.contains("cbor") {
+    if media.contains("cbor") {
         return Err(ApiError::UnsupportedMediaType("application/json, application/yaml"));
     }
-    match Limited::new(request.into_body(), MAX_BODY).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY)),
-        Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),
+    let is_protobuf = media.starts_with(protobuf::MEDIA_TYPE);
+    let body = match Limited::new(request.into_body(), MAX_BODY).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => return Err(ApiError::TooLarge(MAX_BODY)),
+        Err(error) => return Err(ApiError::BadRequest(format!("reading the body: {error}"))),
+    };
+    if is_protobuf && !body.is_empty() {
+        return Ok(read::bytes(&protobuf::decode(&body)?));
     }
+    Ok(body)
 }
 
 async fn body_of(request: Request<Incoming>) -> Result<Value, ApiError> {

@@ -135,7 +135,7 @@ fn rows() -> Vec<Row> {
             ..base(
                 "Event",
                 "events",
-                &["ev"],
+                &[],
                 of::<api::events::v1::Event>,
                 new_event_columns(),
             )
