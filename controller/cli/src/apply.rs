@@ -83,7 +83,7 @@ pub(crate) async fn apply_one(
 fn is_same(before: &Value, after: &Value) -> bool {
     let content = |object: &Value| {
         let mut object = object.clone();
-        if let Some(metadata) = object["metadata"].as_object_mut() {
+        if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
             metadata.remove("managedFields");
         }
         object

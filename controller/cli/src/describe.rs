@@ -99,20 +99,34 @@ fn lines(object: &Value) -> Vec<String> {
             }
             continue;
         }
-        tree(key, value, 0, &mut lines);
+        // Field names are titled; the keys of a ConfigMap's data are the user's own words.
+        let naming: fn(&str) -> String = if matches!(key.as_str(), "spec" | "status") {
+            title
+        } else {
+            printable
+        };
+        match value {
+            Value::Object(map) if !map.is_empty() => {
+                lines.push(format!("{}:", title(key)));
+                for (key, value) in map {
+                    tree(naming, key, value, 1, &mut lines);
+                }
+            }
+            other => tree(title, key, other, 0, &mut lines),
+        }
     }
     lines
 }
 
 /// One field: `Exit Code:  3`, or its title with its parts below it.
-fn tree(key: &str, value: &Value, depth: usize, lines: &mut Vec<String>) {
+fn tree(naming: fn(&str) -> String, key: &str, value: &Value, depth: usize, lines: &mut Vec<String>) {
     let indent = "  ".repeat(depth);
-    let title = title(key);
+    let title = naming(key);
     match value {
         Value::Object(map) if !map.is_empty() => {
             lines.push(format!("{indent}{title}:"));
             for (key, value) in map {
-                tree(key, value, depth + 1, lines);
+                tree(naming, key, value, depth + 1, lines);
             }
         }
         Value::Array(items) if items.iter().any(|item| item.is_object() || item.is_array()) => {
@@ -124,7 +138,7 @@ fn tree(key: &str, value: &Value, depth: usize, lines: &mut Vec<String>) {
                 match item {
                     Value::Object(map) => {
                         for (key, value) in map {
-                            tree(key, value, depth + 1, lines);
+                            tree(naming, key, value, depth + 1, lines);
                         }
                     }
                     other => lines.push(format!("{indent}  {}", text(other))),

@@ -48,15 +48,11 @@ struct Check {
 
 impl Check {
     fn of(name: &'static str, need: Need, finding: &Finding) -> Self {
-        let reason = match (&finding.version, &finding.path) {
-            (Some(version), Some(path)) => format!("{} ({version}, {})", finding.reason, path.display()),
-            _ => finding.reason.clone(),
-        };
         Self {
             name,
             need,
             is_ok: finding.ok,
-            reason,
+            reason: finding.reason.clone(),
             fix: finding.fix.clone(),
         }
     }

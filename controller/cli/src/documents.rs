@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn documents_are_split_and_lists_taken_apart() {
         let text = "# first\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n---\n---\n\
-            apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Secret, metadata: {name: b, namespace: n}}\n\
+            apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Secret, metadata: {name: b, namespace: team}}\n\
             - {apiVersion: v1, kind: Secret, metadata: {name: c}}\n";
         let found: Vec<_> = parsed(text)
             .unwrap()
@@ -199,7 +199,7 @@ mod tests {
             found,
             [
                 ("ConfigMap".into(), "a".into(), None),
-                ("Secret".into(), "b".into(), Some("n".into())),
+                ("Secret".into(), "b".into(), Some("team".into())),
                 ("Secret".into(), "c".into(), None),
             ]
         );
@@ -238,6 +238,11 @@ mod tests {
                 "name is a number",
                 "apiVersion: v1\nkind: X\nmetadata: {name: 7}",
                 "metadata.name is not a string",
+            ),
+            (
+                "n is false in YAML 1.1, as in kubectl",
+                "apiVersion: v1\nkind: X\nmetadata: {name: a, namespace: n}",
+                "metadata.namespace is not a string",
             ),
             ("a scalar", "hello", "is not an object"),
             ("nothing", "# only a comment\n", "no object"),

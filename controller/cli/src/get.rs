@@ -351,11 +351,11 @@ fn items(seen: &Value) -> Vec<Value> {
 fn render(value: &Value, as_yaml: bool) -> anyhow::Result<String> {
     let mut value = value.clone();
     let strip = |object: &mut Value| {
-        if let Some(metadata) = object["metadata"].as_object_mut() {
+        if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
             metadata.remove("managedFields");
         }
     };
-    match value["items"].as_array_mut() {
+    match value.get_mut("items").and_then(Value::as_array_mut) {
         Some(items) => items.iter_mut().for_each(strip),
         None => strip(&mut value),
     }
