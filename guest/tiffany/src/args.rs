@@ -14,19 +14,21 @@ const TASKS: [(&str, &str); 1] = [(
 pub(crate) const HELP: &str = "\
 tiffany: the agent runtime of a Tinkerbell FAR guest
 
-Usage: tiffany --task KIND [--task-dir DIR]
+Usage: tiffany --task KIND [--task-dir DIR] [--require-documents]
 
 Options:
   --task KIND      what to do; known kinds:
                      embedder   embeds every text and Markdown document under the task folder
   --task-dir DIR   folder with the task's documents [env TIFFANY_TASK_DIR] [default /task]
+  --require-documents
+                   without documents end with exit code 3 instead of embedding the self-test corpus
   --help           this text
   --version        the version
 
 embedder writes one JSON line {\"document\",\"chunk\",\"vector\"} per chunk to stdout (384 numbers of length 1) and says on
 stderr what it skipped and how much it embedded. Without documents it embeds a built-in self-test corpus.
 
-Exit codes: 0 done; 1 failed, or part of the input could not be read; 2 wrong command line.
+Exit codes: 0 done; 1 failed, or part of the input could not be read; 2 wrong command line; 3 no documents, but required.
 ";
 
 /// What the command line asks for.
@@ -41,7 +43,12 @@ pub(crate) enum Asked {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Task {
     /// `folder_was_given`: somebody named the folder, so it must exist.
-    Embedder { folder: PathBuf, folder_was_given: bool },
+    /// `require_documents`: nothing to embed is an error.
+    Embedder {
+        folder: PathBuf,
+        folder_was_given: bool,
+        require_documents: bool,
+    },
 }
 
 /// What is wrong with the command line.
@@ -68,7 +75,7 @@ pub(crate) fn parse(
     mut arguments: impl Iterator<Item = OsString>,
     folder_from_env: Option<OsString>,
 ) -> Result<Asked, ArgsError> {
-    let (mut task, mut folder) = (None, None);
+    let (mut task, mut folder, mut require_documents) = (None, None, false);
     while let Some(argument) = arguments.next() {
         let text = argument.to_string_lossy().into_owned();
         let (name, value) = match text.split_once('=') {
@@ -78,6 +85,10 @@ pub(crate) fn parse(
         let (option, slot) = match name {
             "--help" | "-h" => return Ok(Asked::Help),
             "--version" | "-V" => return Ok(Asked::Version),
+            "--require-documents" if value.is_none() => {
+                require_documents = true;
+                continue;
+            }
             "--task" => ("--task", &mut task),
             "--task-dir" => ("--task-dir", &mut folder),
             _ => return Err(ArgsError::Unknown { argument: text }),
@@ -93,6 +104,7 @@ pub(crate) fn parse(
         Some("embedder") => Ok(Asked::Run(Task::Embedder {
             folder_was_given: given.is_some(),
             folder: given.map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from),
+            require_documents,
         })),
         _ => Err(ArgsError::UnknownTask {
             task: task.to_string_lossy().into_owned(),
@@ -112,7 +124,19 @@ mod tests {
         Ok(Asked::Run(Task::Embedder {
             folder: folder.into(),
             folder_was_given,
+            require_documents: false,
         }))
+    }
+
+    #[test]
+    fn documents_can_be_required() {
+        let Ok(Asked::Run(Task::Embedder { require_documents, .. })) =
+            parsed(&["--task=embedder", "--require-documents"], None)
+        else {
+            panic!("a good command line");
+        };
+        assert!(require_documents);
+        assert!(parsed(&["--task=embedder", "--require-documents=maybe"], None).is_err());
     }
 
     #[test]

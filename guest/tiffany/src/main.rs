@@ -1,6 +1,7 @@
 //! The agent runtime that the guest execs: does one task of a known kind and exits.
 //!
-//! Exit codes: 0 the task is done; 1 it failed or could not read all of its input; 2 it was asked for wrongly.
+//! Exit codes: 0 the task is done; 1 it failed or could not read all of its input; 2 it was asked for wrongly; 3 there
+//! was no document, and one was required.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -23,15 +24,17 @@ fn main() -> ExitCode {
         Ok(Asked::Run(Task::Embedder {
             folder,
             folder_was_given,
+            require_documents,
         })) => {
             match embedder::run(
                 &folder,
                 folder_was_given,
+                require_documents,
                 &mut std::io::stdout().lock(),
                 &mut std::io::stderr().lock(),
             ) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(&error, 1),
+                Err(error) => fail(&error, if error.is_lack_of_documents() { 3 } else { 1 }),
             }
         }
         Err(error) => fail(&error, 2),

@@ -84,6 +84,26 @@ fn without_documents_the_self_test_corpus_is_embedded() {
 }
 
 #[test]
+fn required_documents_that_are_missing_exit_3_and_embed_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("picture.png"), [0x89]).unwrap();
+    let output = tiffany(&[
+        "--task",
+        "embedder",
+        "--require-documents",
+        "--task-dir",
+        folder.path().to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(text(&output.stdout), "");
+    assert!(
+        text(&output.stderr).contains("no document under"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
 fn wrong_use_exits_2_and_names_what_is_known() {
     for (arguments, message) in [
         (

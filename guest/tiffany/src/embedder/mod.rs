@@ -11,7 +11,7 @@ mod vector;
 use documents::{Found, ScanError};
 use std::{
     io::{self, BufWriter, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Why the task is not done.
@@ -23,17 +23,27 @@ pub(crate) enum EmbedderError {
     Write(#[from] io::Error),
     #[error("{count} of the files could not be read; they are named above")]
     Unread { count: usize },
+    #[error("no document under {}, and --require-documents was given", folder.display())]
+    NoDocuments { folder: PathBuf },
     #[error("the self-test corpus gave other vectors than expected: this build computes wrongly")]
     SelfTest,
 }
 
-/// Embeds every document under `folder`, or the self-test corpus when there is none.
+impl EmbedderError {
+    /// Nothing was wrong but that there was nothing to do.
+    pub(crate) fn is_lack_of_documents(&self) -> bool {
+        matches!(self, Self::NoDocuments { .. })
+    }
+}
+
+/// Embeds every document under `folder`, or the self-test corpus when there is none and none is required.
 ///
 /// # Errors
 /// [`EmbedderError`]; what could be embedded was written before it.
 pub(crate) fn run(
     folder: &Path,
     must_exist: bool,
+    require_documents: bool,
     out: &mut impl Write,
     notes: &mut impl Write,
 ) -> Result<(), EmbedderError> {
@@ -55,6 +65,11 @@ pub(crate) fn run(
                 unread += 1;
             }
         }
+    }
+    if documents == 0 && unread == 0 && require_documents {
+        return Err(EmbedderError::NoDocuments {
+            folder: folder.to_path_buf(),
+        });
     }
     if documents == 0 && unread == 0 {
         writeln!(
