@@ -178,3 +178,52 @@ impl Additions {
         Ok(settings)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_file_everything_lies_in_the_descriptions_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let additions = Additions::load_beside(&folder.path().join("vm.json")).unwrap();
+        assert_eq!(additions, Additions::default());
+        let settings = additions.resolve(Path::new("/r/vm")).unwrap();
+        assert_eq!(settings.control_socket, Path::new("/r/vm/vmm.sock"));
+        assert_eq!(settings.exit_file, Path::new("/r/vm/exit.json"));
+        assert_eq!(settings.console_file, Path::new("/r/vm/console.log"));
+        assert_eq!(settings.vhost_socket, Path::new("/r/vm/vhost.sock"));
+        assert!(settings.tombstone && settings.qemu_sandbox);
+    }
+
+    #[test]
+    fn additions_read_back_as_written() {
+        let additions = Additions {
+            backend: Backend::Qemu,
+            accel: Accel::Tcg,
+            netns: Some("/run/far/netns".into()),
+            tombstone: Some(false),
+            console_max_bytes: Some(65_536),
+            ..Additions::default()
+        };
+        assert_eq!(Additions::parse(additions.to_json().as_bytes()).unwrap(), additions);
+    }
+
+    #[test]
+    fn wrong_additions_are_named_by_their_field() {
+        let cases = [
+            (r#"{"backend": "xen"}"#, "backend"),
+            (r#"{"consol_file": "/c"}"#, "consol_file"),
+            (r#"{"console_max_bytes": 10}"#, "console_max_bytes"),
+            (r#"{"tombstone": "yes"}"#, "tombstone"),
+        ];
+        for (text, field) in cases {
+            let settings = Additions::parse(text.as_bytes()).and_then(|additions| additions.resolve(Path::new("/r")));
+            let error = settings.unwrap_err().to_string();
+            assert!(error.contains(field), "{text}: {error}");
+        }
+        let long = PathBuf::from(format!("/{}", "x".repeat(107)));
+        let error = Additions::default().resolve(&long).unwrap_err().to_string();
+        assert!(error.contains("control_socket"), "{error}");
+    }
+}

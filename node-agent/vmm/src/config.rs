@@ -401,3 +401,103 @@ fn is_mac(text: &str) -> bool {
     let parts: Vec<&str> = text.split(':').collect();
     parts.len() == 6 && parts.iter().all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn full() -> Value {
+        json!({
+            "boot-source": {"kernel_image_path": "/k", "boot_args": "quiet", "initrd_path": "/i"},
+            "drives": [{"drive_id": "a", "path_on_host": "/a", "is_root_device": false, "is_read_only": true},
+                {"drive_id": "b", "path_on_host": "/b", "is_root_device": false}],
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 512},
+            "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "fa1", "guest_mac": "02:00:00:00:00:01"}],
+            "vsock": {"guest_cid": 3, "uds_path": "/r/v.sock"},
+            "entropy": {},
+        })
+    }
+
+    fn error_of(config: &Value) -> String {
+        VmConfig::parse(config.to_string().as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_description_reads_back_as_written() {
+        let config = VmConfig::parse(full().to_string().as_bytes()).unwrap();
+        assert_eq!(VmConfig::parse(config.to_json().as_bytes()).unwrap(), config);
+    }
+
+    #[test]
+    fn what_flintlock_writes_is_accepted() {
+        let config = json!({
+            "boot-source": {"kernel_image_path": "/k/boot/vmlinux", "boot_args": "console=ttyS0 reboot=k panic=1 pci=off"},
+            "drives": [{"drive_id": "root", "path_on_host": "/dev/mapper/x", "is_root_device": true, "is_read_only": false,
+                "cache_type": "Unsafe"}],
+            "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false},
+            "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "fltap1234567", "guest_mac": "AA:FF:00:00:00:01"}],
+            "mmds-config": {"version": "V1", "network_interfaces": ["eth0"]},
+            "logger": {"log_path": "/s/firecracker.log", "level": "Debug", "show_level": true, "show_log_origin": true},
+            "metrics": {"metrics_path": "/s/firecracker.metrics"},
+            "vsock": {"vsock_id": "guest-agent", "guest_cid": 3, "uds_path": "/s/guest-agent.vsock"},
+        });
+        VmConfig::parse(config.to_string().as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn each_wrong_value_is_named_by_its_field() {
+        let long = "x".repeat(200);
+        let cases = [
+            ("/boot-source/kernel_image_path", json!(""), "boot-source.kernel_image_path"),
+            ("/boot-source/kernel_image_path", json!("/k\n"), "boot-source.kernel_image_path"),
+            ("/boot-source/boot_args", json!("a\nb"), "boot-source.boot_args"),
+            ("/boot-source/boot_args", json!("x".repeat(MAX_BOOT_ARGS + 1)), "boot-source.boot_args"),
+            ("/boot-source/boot_args", json!(7), "boot-source.boot_args"),
+            ("/machine-config/vcpu_count", json!(0), "machine-config.vcpu_count"),
+            ("/machine-config/vcpu_count", json!(33), "machine-config.vcpu_count"),
+            ("/machine-config/vcpu_count", json!(-1), "machine-config.vcpu_count"),
+            ("/machine-config/mem_size_mib", json!(0), "machine-config.mem_size_mib"),
+            ("/machine-config/mem_size_mib", json!("512Mi"), "machine-config.mem_size_mib"),
+            ("/drives/1/drive_id", json!("a"), "drives[1].drive_id"),
+            ("/drives/1/drive_id", json!("a,file=/etc/shadow"), "drives[1].drive_id"),
+            ("/drives/1/is_root_device", json!(true), "drives[1].is_root_device"),
+            ("/drives/0/path_on_host", json!(""), "drives[0].path_on_host"),
+            ("/network-interfaces/0/host_dev_name", json!("a-name-of-16-byt"), "network-interfaces[0].host_dev_name"),
+            ("/network-interfaces/0/host_dev_name", json!("a,b"), "network-interfaces[0].host_dev_name"),
+            ("/network-interfaces/0/guest_mac", json!("02:00"), "network-interfaces[0].guest_mac"),
+            ("/vsock/guest_cid", json!(2), "vsock.guest_cid"),
+            ("/vsock/uds_path", json!(format!("/{long}")), "vsock.uds_path"),
+        ];
+        for (pointer, value, field) in cases {
+            let mut config = full();
+            *config.pointer_mut(pointer).unwrap() = value.clone();
+            let error = error_of(&config);
+            assert!(error.starts_with(&format!("field {field}: ")), "{value}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_wherever_it_stands() {
+        for (pointer, key) in [("", "balloon"), ("/boot-source", "kernel"), ("/drives/0", "rate"), ("/entropy", "x")] {
+            let mut config = full();
+            config.pointer_mut(pointer).unwrap()[key] = json!(1);
+            let error = error_of(&config);
+            assert!(error.contains(&format!("unknown field `{key}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_key_is_named() {
+        for key in ["boot-source", "machine-config"] {
+            let mut config = full();
+            config.as_object_mut().unwrap().remove(key);
+            assert!(error_of(&config).contains(&format!("missing field `{key}`")));
+        }
+    }
+
+    #[test]
+    fn text_after_the_description_is_refused() {
+        assert!(VmConfig::parse(format!("{} x", full()).as_bytes()).is_err());
+    }
+}

@@ -121,3 +121,56 @@ impl ExitRecord {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> ExitRecord {
+        ExitRecord {
+            vm_id: "fa-1".into(),
+            ended_at: OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap(),
+            cause: ExitCause::Exited,
+            code: Some(0),
+            signal: None,
+            asked: None,
+            message: "m".into(),
+            vmm_cpu_us: 5,
+            kernel_panic: false,
+            console_tail: "\u{1b}[31m\u{fffd}".into(),
+        }
+    }
+
+    #[test]
+    fn a_record_reads_back_as_written_and_leaves_no_other_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exit.json");
+        assert_eq!(ExitRecord::read(&path).unwrap(), None);
+        record().write(&path).unwrap();
+        assert_eq!(ExitRecord::read(&path).unwrap(), Some(record()));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn half_a_record_is_an_error_and_not_the_absence_of_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exit.json");
+        std::fs::write(&path, "{\"vm_id\": \"fa").unwrap();
+        assert!(ExitRecord::read(&path).is_err());
+    }
+
+    #[test]
+    fn only_an_end_without_fault_is_clean() {
+        let cases = [
+            ("the guest ended", ExitCause::Exited, Some(0), None, true),
+            ("the VMM failed", ExitCause::Exited, Some(1), None, false),
+            ("somebody killed the VMM", ExitCause::Signaled, None, None, false),
+            ("killed on request", ExitCause::Signaled, None, Some(Asked::Kill), true),
+            ("the vsock daemon died", ExitCause::Signaled, None, Some(Asked::VsockLost), false),
+            ("never started", ExitCause::StartFailed, None, None, false),
+        ];
+        for (why, cause, code, asked, clean) in cases {
+            assert_eq!(ExitRecord { cause, code, asked, ..record() }.is_clean(), clean, "{why}");
+        }
+    }
+}

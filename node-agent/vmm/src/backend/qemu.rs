@@ -73,20 +73,21 @@ pub fn program(qemu: &Path, config: &VmConfig, options: &Options) -> Program {
     }
     args.option("-append", boot_args(config, options.accelerator));
     args.option("-chardev", "stdio,id=console,signal=off").option("-serial", "chardev:console");
-    let mut slots = Slots::default();
+    // No device names its transport: QEMU takes them from the last one on and lists them to the guest in the same order,
+    // so the first drive is /dev/vda; the first transports share interrupts with the serial port, which silences it.
     for drive in &config.drives {
-        args.drive(drive, slots.next_bus());
+        args.drive(drive);
     }
     for interface in &config.network_interfaces {
-        args.interface(interface, slots.next_bus());
+        args.interface(interface);
     }
     if config.vsock.is_some() {
         args.option("-chardev", format!("socket,id=vsock,path={}", escape(text(options.vhost_socket))));
-        args.option("-device", format!("vhost-user-vsock-device,chardev=vsock,bus={}", slots.next_bus()));
+        args.option("-device", "vhost-user-vsock-device,chardev=vsock");
     }
     if config.entropy.is_some() {
         args.option("-object", "rng-random,id=entropy,filename=/dev/urandom");
-        args.option("-device", format!("virtio-rng-device,rng=entropy,bus={}", slots.next_bus()));
+        args.option("-device", "virtio-rng-device,rng=entropy");
     }
     Program { path: qemu.to_owned(), args: args.0.into_iter().map(Into::into).collect() }
 }
@@ -121,18 +122,6 @@ pub fn boot_args(config: &VmConfig, accelerator: Accelerator) -> String {
     all
 }
 
-/// Virtio transports of the machine. Named for each device, because QEMU left alone takes them from the last one on.
-#[derive(Default)]
-struct Slots(usize);
-
-impl Slots {
-    fn next_bus(&mut self) -> String {
-        let bus = format!("virtio-mmio-bus.{}", self.0);
-        self.0 += 1;
-        bus
-    }
-}
-
 #[derive(Default)]
 struct Args(Vec<String>);
 
@@ -147,7 +136,7 @@ impl Args {
         self
     }
 
-    fn drive(&mut self, drive: &Drive, bus: String) {
+    fn drive(&mut self, drive: &Drive) {
         let Drive { drive_id, path_on_host, is_read_only, cache_type, .. } = drive;
         let path = escape(text(path_on_host));
         let readonly = if *is_read_only { "on" } else { "off" };
@@ -157,14 +146,14 @@ impl Args {
         };
         let options = format!("id=drive-{drive_id},file={path},if=none,format=raw,readonly={readonly},cache={cache}");
         self.option("-drive", options);
-        self.option("-device", format!("virtio-blk-device,drive=drive-{drive_id},bus={bus}"));
+        self.option("-device", format!("virtio-blk-device,drive=drive-{drive_id}"));
     }
 
-    fn interface(&mut self, interface: &NetworkInterface, bus: String) {
+    fn interface(&mut self, interface: &NetworkInterface) {
         let NetworkInterface { iface_id, host_dev_name, guest_mac } = interface;
         self.option("-netdev", format!("tap,id=net-{iface_id},ifname={host_dev_name},script=no,downscript=no"));
         let mac = guest_mac.as_ref().map(|mac| format!(",mac={mac}")).unwrap_or_default();
-        self.option("-device", format!("virtio-net-device,netdev=net-{iface_id}{mac},bus={bus}"));
+        self.option("-device", format!("virtio-net-device,netdev=net-{iface_id}{mac}"));
     }
 }
 
@@ -176,4 +165,93 @@ fn text(path: &Path) -> String {
 /// A comma ends an option's value in QEMU; doubled it is a comma.
 fn escape(value: impl AsRef<str>) -> String {
     value.as_ref().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(json: &str) -> VmConfig {
+        VmConfig::parse(json.as_bytes()).unwrap()
+    }
+
+    fn line(config: &VmConfig, accelerator: Accelerator, sandbox: bool) -> String {
+        let options = Options { vm_id: "fa-1", accelerator, vhost_socket: Path::new("/r/vhost.sock"), sandbox };
+        let program = program(Path::new("/bin/qemu"), config, &options);
+        program.args.iter().map(|arg| arg.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_full_description_becomes_this_command_line_under_tcg() {
+        let config = config(
+            r#"{"boot-source": {"kernel_image_path": "/k/vmlinux", "initrd_path": "/k/initramfs.cpio",
+                "boot_args": "console=ttyS0 rdinit=/init panic=-1 quiet"},
+              "drives": [{"drive_id": "rootfs", "path_on_host": "/i/a,b.squashfs", "is_root_device": false, "is_read_only": true},
+                {"drive_id": "scratch", "path_on_host": "/r/scratch", "is_root_device": false, "cache_type": "Writeback"}],
+              "machine-config": {"vcpu_count": 2, "mem_size_mib": 512},
+              "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "fa7", "guest_mac": "02:00:00:00:00:07"}],
+              "vsock": {"guest_cid": 3, "uds_path": "/r/v.sock"}, "entropy": {}}"#,
+        );
+        let expected = "-nodefaults -no-user-config -no-reboot -display none -name guest=fa-1 \
+            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+            -M microvm,memory-backend=mem0 -accel tcg -cpu max -smp 2 -m 512M \
+            -object memory-backend-memfd,id=mem0,size=512M,share=on \
+            -kernel /k/vmlinux -initrd /k/initramfs.cpio \
+            -append console=ttyS0 rdinit=/init panic=-1 quiet tsc_early_khz=2000000 tsc=reliable no_timer_check \
+            -chardev stdio,id=console,signal=off -serial chardev:console \
+            -drive id=drive-rootfs,file=/i/a,,b.squashfs,if=none,format=raw,readonly=on,cache=unsafe \
+            -device virtio-blk-device,drive=drive-rootfs \
+            -drive id=drive-scratch,file=/r/scratch,if=none,format=raw,readonly=off,cache=writeback \
+            -device virtio-blk-device,drive=drive-scratch \
+            -netdev tap,id=net-eth0,ifname=fa7,script=no,downscript=no \
+            -device virtio-net-device,netdev=net-eth0,mac=02:00:00:00:00:07 \
+            -chardev socket,id=vsock,path=/r/vhost.sock -device vhost-user-vsock-device,chardev=vsock \
+            -object rng-random,id=entropy,filename=/dev/urandom -device virtio-rng-device,rng=entropy";
+        assert_eq!(line(&config, Accelerator::Tcg { tsc_khz: Some(2_000_000) }, true), expected);
+    }
+
+    #[test]
+    fn the_smallest_description_has_no_device_under_kvm() {
+        let config = config(
+            r#"{"boot-source": {"kernel_image_path": "/k"}, "machine-config": {"vcpu_count": 1, "mem_size_mib": 64}}"#,
+        );
+        let expected = "-nodefaults -no-user-config -no-reboot -display none -name guest=fa-1 \
+            -M microvm,memory-backend=mem0 -accel kvm -cpu host -smp 1 -m 64M \
+            -object memory-backend-memfd,id=mem0,size=64M,share=on -kernel /k -append console=ttyS0 panic=-1 \
+            -chardev stdio,id=console,signal=off -serial chardev:console";
+        assert_eq!(line(&config, Accelerator::Kvm, false), expected);
+    }
+
+    #[test]
+    fn the_command_line_of_the_kernel_gets_only_what_it_lacks() {
+        let tcg = Accelerator::Tcg { tsc_khz: Some(7) };
+        let cases = [
+            ("nothing said", "quiet", "", tcg, "quiet tsc_early_khz=7 tsc=reliable no_timer_check"),
+            ("all said", "tsc=unstable tsc_early_khz=1 no_timer_check", "", tcg, "tsc=unstable tsc_early_khz=1 no_timer_check"),
+            ("rate unknown", "a", "", Accelerator::Tcg { tsc_khz: None }, "a tsc=reliable no_timer_check"),
+            ("KVM has a clock of its own", "a", "", Accelerator::Kvm, "a"),
+            ("root, read only", "a", "true, \"is_read_only\": true", Accelerator::Kvm, "a root=/dev/vda ro"),
+            ("root, writable", "a", "true", Accelerator::Kvm, "a root=/dev/vda rw"),
+            ("root said", "root=/dev/vdb rw", "true", Accelerator::Kvm, "root=/dev/vdb rw"),
+            ("no root", "a", "false", Accelerator::Kvm, "a"),
+        ];
+        for (why, given, root, accelerator, expected) in cases {
+            let drives = match root {
+                "" => String::new(),
+                root => format!(r#"{{"drive_id": "r", "path_on_host": "/r", "is_root_device": {root}}}"#),
+            };
+            let config = config(&format!(
+                r#"{{"boot-source": {{"kernel_image_path": "/k", "boot_args": "{given}"}}, "drives": [{drives}],
+                    "machine-config": {{"vcpu_count": 1, "mem_size_mib": 64}}}}"#
+            ));
+            assert_eq!(boot_args(&config, accelerator), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn the_vsock_daemon_gets_the_descriptions_socket() {
+        let vsock = Vsock { vsock_id: None, guest_cid: 3, uds_path: "/r/v.sock".into() };
+        let program = vsock_daemon(Path::new("/bin/d"), &vsock, Path::new("/r/vhost.sock"));
+        assert_eq!(program.args, ["--guest-cid", "3", "--socket", "/r/vhost.sock", "--uds-path", "/r/v.sock"]);
+    }
 }
