@@ -135,7 +135,7 @@ async fn apply_creates_changes_and_leaves_alone() {
         "faragent.tiffany.dev/a unchanged\n"
     );
     assert_eq!(
-        kubectl.feed(&apply, &manifest("a", "  nodeName: n\n")).await.good(),
+        kubectl.feed(&apply, &manifest("a", "  nodeName: n1\n")).await.good(),
         "faragent.tiffany.dev/a configured\n"
     );
     assert_eq!(
@@ -500,11 +500,11 @@ async fn built_in_kinds_are_made_patched_and_deleted() {
         .run(&["create", "serviceaccount", "robot", "-n", "team"])
         .await
         .good();
-    let applied = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c2, namespace: team}\ndata: {x: y}\n";
+    let applied = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c2, namespace: team}\ndata: {x: one}\n";
     kubectl.feed(&["apply", "-f", "-"], applied).await.good();
     assert_eq!(
         kubectl
-            .feed(&["apply", "-f", "-"], &applied.replace("x: y", "x: z"))
+            .feed(&["apply", "-f", "-"], &applied.replace("x: one", "x: two"))
             .await
             .good(),
         "configmap/c2 configured\n"
