@@ -64,6 +64,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
         write_atomic(path, address.as_bytes()).with_context(|| format!("writing the ready file {}", path.display()))?;
     }
     let ended = tokio::select! {
+        // Servers end because of it as well.
+        biased;
         () = shutdown.cancelled() => Ok(()),
         Some(served) = serving.join_next() => match served {
             Ok(Ok(())) => Err(anyhow::anyhow!("a server ended by itself")),

@@ -34,10 +34,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 /// Real things in these stories take milliseconds; a story that waits so long is broken.
-pub(super) const LONG: Duration = Duration::from_secs(3600 * 24 * 30);
+pub(crate) const LONG: Duration = Duration::from_secs(3600 * 24 * 30);
 
 #[derive(Debug)]
-pub(super) struct FakeHost {
+pub(crate) struct FakeHost {
     folder: PathBuf,
     vms: Mutex<BTreeMap<VmId, FakeVm>>,
 }
@@ -55,15 +55,15 @@ impl FakeHost {
     }
 
     /// The VMM ends by itself.
-    pub(super) fn end(&self, vm: &VmId, end: VmmEnd) {
+    pub(crate) fn end(&self, vm: &VmId, end: VmmEnd) {
         self.with(vm, |vm| vm.end.send_if_modified(|now| now.is_none() && { *now = Some(end); true }));
     }
 
-    pub(super) fn boots(&self, vm: &VmId) -> u32 {
+    pub(crate) fn boots(&self, vm: &VmId) -> u32 {
         self.with(vm, |vm| vm.boots)
     }
 
-    pub(super) fn is_dead(&self, vm: &VmId) -> bool {
+    pub(crate) fn is_dead(&self, vm: &VmId) -> bool {
         self.with(vm, |vm| vm.end.borrow().is_some())
     }
 }
@@ -157,22 +157,22 @@ impl Images for FakeImages {
 }
 
 /// What survives a far-node: the disk and the VMs.
-pub(super) struct World {
-    pub(super) dir: tempfile::TempDir,
-    pub(super) host: Arc<FakeHost>,
-    pub(super) boot_id: String,
-    pub(super) log_max_bytes: u64,
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) host: Arc<FakeHost>,
+    pub(crate) boot_id: String,
+    pub(crate) log_max_bytes: u64,
 }
 
 /// One run of far-node.
-pub(super) struct Node {
-    pub(super) supervisor: Supervisor,
-    pub(super) blade: Arc<Blade>,
+pub(crate) struct Node {
+    pub(crate) supervisor: Supervisor,
+    pub(crate) blade: Arc<Blade>,
     task: JoinHandle<()>,
 }
 
 impl World {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("vm");
         fs::create_dir(&folder).unwrap();
@@ -180,7 +180,7 @@ impl World {
         Self { dir, host, boot_id: "boot-1".into(), log_max_bytes: 1 << 20 }
     }
 
-    pub(super) async fn start(&self) -> Node {
+    pub(crate) async fn start(&self) -> Node {
         let ledger = Ledger::open(&self.dir.path().join("ledger")).unwrap();
         let loaded = ledger.load().unwrap();
         let blade = Arc::new(Blade {
@@ -203,12 +203,12 @@ impl World {
         Node { supervisor, blade, task }
     }
 
-    pub(super) fn socket(&self, vm: &VmId) -> PathBuf {
+    pub(crate) fn socket(&self, vm: &VmId) -> PathBuf {
         self.host.folder(vm).join("v.sock_5000")
     }
 
     /// Output as stored, and bytes dropped on the way.
-    pub(super) fn output(&self, vm: &VmId) -> (Vec<u8>, u64) {
+    pub(crate) fn output(&self, vm: &VmId) -> (Vec<u8>, u64) {
         let mut reader = LogReader::new(&self.dir.path().join("logs").join(vm.as_str()));
         let (mut output, mut dropped) = (Vec::new(), 0);
         loop {
@@ -224,29 +224,29 @@ impl World {
     }
 }
 
-pub(super) fn identity(attempt: u32) -> Identity {
+pub(crate) fn identity(attempt: u32) -> Identity {
     check_identity(Some(wire_identity("uid-1", attempt))).unwrap()
 }
 
-pub(super) fn spec() -> Spec {
+pub(crate) fn spec() -> Spec {
     check_spec(Some(wire_spec())).unwrap()
 }
 
-pub(super) fn vm() -> VmId {
+pub(crate) fn vm() -> VmId {
     VmId::of(&key())
 }
 
-pub(super) fn key() -> AttemptKey {
+pub(crate) fn key() -> AttemptKey {
     identity(1).key
 }
 
 impl Node {
-    pub(super) async fn ensure(&self) -> Entry {
+    pub(crate) async fn ensure(&self) -> Entry {
         self.supervisor.ensure(identity(1), spec()).await.unwrap()
     }
 
     /// Waits until the record fulfils a claim.
-    pub(super) async fn until(&self, claim: impl Fn(&Record) -> bool) -> Arc<Record> {
+    pub(crate) async fn until(&self, claim: impl Fn(&Record) -> bool) -> Arc<Record> {
         let watch = self.blade.board.watch(0);
         let mut live = watch.live;
         if let Some(entry) = watch.replay.iter().find(|entry| entry.record.identity.key == key() && claim(&entry.record)) {
@@ -263,28 +263,28 @@ impl Node {
         tokio::time::timeout(LONG, wait).await.expect("the record never got there")
     }
 
-    pub(super) async fn until_phase(&self, phase: Phase) -> Arc<Record> {
+    pub(crate) async fn until_phase(&self, phase: Phase) -> Arc<Record> {
         self.until(move |record| record.phase == phase).await
     }
 
-    pub(super) async fn until_ended(&self) -> End {
+    pub(crate) async fn until_ended(&self) -> End {
         self.until_phase(Phase::Ended).await.end.clone().unwrap()
     }
 
     /// As kill -9: nothing gets the chance to tidy up.
-    pub(super) async fn kill(self) {
+    pub(crate) async fn kill(self) {
         self.task.abort();
         let _ = self.task.await;
     }
 
     /// As SIGTERM.
-    pub(super) async fn shut_down(self) {
+    pub(crate) async fn shut_down(self) {
         self.blade.shutdown.cancel();
         self.task.await.unwrap();
     }
 
     /// Waits until what is left of an ended VM is gone.
-    pub(super) async fn until_released(&self) {
+    pub(crate) async fn until_released(&self) {
         let folder = self.blade.host.folder(&vm());
         while folder.exists() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -293,13 +293,13 @@ impl Node {
 }
 
 /// A guest's init on one connection.
-pub(super) struct Guest {
-    pub(super) stream: UnixStream,
+pub(crate) struct Guest {
+    pub(crate) stream: UnixStream,
     decoder: Decoder,
 }
 
 impl Guest {
-    pub(super) async fn connect(socket: &Path) -> Self {
+    pub(crate) async fn connect(socket: &Path) -> Self {
         let connect = async {
             loop {
                 match UnixStream::connect(socket).await {
@@ -312,13 +312,13 @@ impl Guest {
         Self { stream, decoder: Decoder::new() }
     }
 
-    pub(super) async fn dial(socket: &Path, nonce: u8, stage: Stage) -> Self {
+    pub(crate) async fn dial(socket: &Path, nonce: u8, stage: Stage) -> Self {
         let mut guest = Self::connect(socket).await;
         guest.send(hello(nonce, stage)).await;
         guest
     }
 
-    pub(super) async fn send(&mut self, kind: Kind) {
+    pub(crate) async fn send(&mut self, kind: Kind) {
         let mut frame = Vec::new();
         frame::encode(&GuestMessage { kind: Some(kind) }, &mut frame);
         // A host that cut the connection is what some stories are about.
@@ -326,7 +326,7 @@ impl Guest {
     }
 
     /// The next message; `None` when the host closed.
-    pub(super) async fn receive(&mut self) -> Option<host_message::Kind> {
+    pub(crate) async fn receive(&mut self) -> Option<host_message::Kind> {
         loop {
             if let Some(message) = self.decoder.next::<HostMessage>().unwrap() {
                 return message.kind;
@@ -339,7 +339,7 @@ impl Guest {
         }
     }
 
-    pub(super) async fn welcome(&mut self) -> guest::Welcome {
+    pub(crate) async fn welcome(&mut self) -> guest::Welcome {
         match self.receive().await {
             Some(host_message::Kind::Welcome(welcome)) => welcome,
             other => panic!("{other:?} instead of Welcome"),
@@ -347,7 +347,7 @@ impl Guest {
     }
 
     /// Receives Welcome, Config, files and Start; answers Ready.
-    pub(super) async fn start(&mut self) -> (guest::Config, Vec<Vec<u8>>) {
+    pub(crate) async fn start(&mut self) -> (guest::Config, Vec<Vec<u8>>) {
         self.welcome().await;
         let config = match self.receive().await {
             Some(host_message::Kind::Config(config)) => config,
@@ -365,17 +365,17 @@ impl Guest {
         (config, files)
     }
 
-    pub(super) async fn log(&mut self, seq: u64, text: &str) {
+    pub(crate) async fn log(&mut self, seq: u64, text: &str) {
         let data = text.as_bytes().to_vec();
         self.send(Kind::Log(Log { stream: 1, seq, data, time_unix_ns: seq })).await;
     }
 
-    pub(super) async fn exit(&mut self, code: u32, last_stdout_seq: u64) {
+    pub(crate) async fn exit(&mut self, code: u32, last_stdout_seq: u64) {
         self.send(exit(code, last_stdout_seq)).await;
     }
 
     /// Reads on until the exit report is acknowledged; false when the host closed before.
-    pub(super) async fn is_acknowledged(&mut self) -> bool {
+    pub(crate) async fn is_acknowledged(&mut self) -> bool {
         loop {
             match self.receive().await {
                 Some(host_message::Kind::ExitAck(_)) => return true,
@@ -386,7 +386,7 @@ impl Guest {
     }
 }
 
-pub(super) fn hello(nonce: u8, stage: Stage) -> Kind {
+pub(crate) fn hello(nonce: u8, stage: Stage) -> Kind {
     Kind::Hello(Hello {
         lowest_generation: 1,
         highest_generation: 1,
@@ -397,6 +397,6 @@ pub(super) fn hello(nonce: u8, stage: Stage) -> Kind {
     })
 }
 
-pub(super) fn exit(code: u32, last_stdout_seq: u64) -> Kind {
+pub(crate) fn exit(code: u32, last_stdout_seq: u64) -> Kind {
     Kind::Exit(Exit { how: Some(How::Code(code)), last_stdout_seq, ..Exit::default() })
 }
