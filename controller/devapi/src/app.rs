@@ -26,7 +26,7 @@ impl App {
     /// Keeps the served kinds in step with the CRDs.
     pub(crate) fn after_write(&self, resource: &Resource) {
         if resource.storage == CRD_STORAGE {
-            self.registry.set_crds(&stored_crds(&self.store));
+            self.registry.refresh(|| stored_crds(&self.store));
         }
     }
 

@@ -27,6 +27,8 @@ const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 /// Sweep of old events, and a safety net over everything else.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 const EVENTS_PER_READ: usize = 1024;
+/// A terminating namespace is gone through at most so often: each pass looks at all that is left in it.
+const FINISH_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Deserialize)]
 struct Light {
@@ -45,6 +47,9 @@ struct LightMeta {
 #[derive(Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase", default)]
 struct Owner {
+    api_version: String,
+    kind: String,
+    name: String,
     uid: String,
     block_owner_deletion: bool,
 }
@@ -64,7 +69,7 @@ struct Collector {
 pub(crate) async fn run(app: Arc<App>) {
     let mut collector = Collector::default();
     let mut committed = app.store.subscribe();
-    let mut next_sweep = Instant::now();
+    let (mut next_sweep, mut next_finish) = (Instant::now(), Instant::now());
     loop {
         committed.borrow_and_update();
         let mut work = collector.follow(&app);
@@ -76,14 +81,22 @@ pub(crate) async fn run(app: Arc<App>) {
         for key in work {
             collector.collect(&app, &key).await;
         }
-        let pending: Vec<Key> = collector.pending.iter().cloned().collect();
-        for key in pending {
-            collector.finish(&app, &key).await;
+        if Instant::now() >= next_finish {
+            let pending: Vec<Key> = collector.pending.iter().cloned().collect();
+            for key in pending {
+                collector.finish(&app, &key).await;
+            }
+            next_finish = Instant::now() + FINISH_EVERY;
         }
+        let wake = if collector.pending.is_empty() {
+            next_sweep
+        } else {
+            next_sweep.min(next_finish)
+        };
         tokio::select! {
             () = app.stopping.cancelled() => return,
             changed = committed.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep_until(next_sweep) => {}
+            () = tokio::time::sleep_until(wake) => {}
         }
     }
 }
@@ -194,10 +207,12 @@ impl Collector {
         self.owners.keys().cloned().collect()
     }
 
-    /// Deletes an object when none of its owners lives.
+    /// Deletes an object when none of its owners lives. The index may lag behind for an owner that is newer than the
+    /// last read of its collection, so each is looked up in the store before anything is deleted.
     async fn collect(&mut self, app: &App, key: &Key) {
         let Some(owners) = self.owners.get(key) else { return };
-        if owners.is_empty() || owners.iter().any(|owner| self.living.contains_key(&owner.uid)) {
+        let lives = |owner: &Owner| self.living.contains_key(&owner.uid) || may_live(app, key, owner);
+        if owners.is_empty() || owners.iter().any(lives) {
             return;
         }
         remove(app, key).await;
@@ -262,6 +277,32 @@ impl Collector {
             }
         }
     }
+}
+
+/// Whether the owner is in the store, or of a kind that is not served (then nothing can be said).
+fn may_live(app: &App, dependent: &Key, owner: &Owner) -> bool {
+    let (group, _) = owner.api_version.split_once('/').unwrap_or(("", ""));
+    let snapshot = app.registry.snapshot();
+    let Some(resource) = snapshot
+        .resources
+        .iter()
+        .find(|r| r.group == group && r.kind == owner.kind)
+    else {
+        return true;
+    };
+    let namespace = if resource.namespaced {
+        dependent.namespace.clone()
+    } else {
+        String::new()
+    };
+    let key = Key {
+        resource: resource.storage.clone(),
+        namespace,
+        name: owner.name.clone(),
+    };
+    app.store
+        .latest(&key)
+        .is_some_and(|found| meta::text(&found.value(), "uid") == owner.uid)
 }
 
 fn target(app: &App, key: &Key) -> Option<Target> {

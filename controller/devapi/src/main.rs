@@ -1,6 +1,7 @@
 //! Embedded Kubernetes API for one machine, for far up and for tests; never for production.
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 

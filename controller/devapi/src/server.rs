@@ -33,7 +33,8 @@ use crate::request::{Parameters, Path, ResourcePath, verb};
 const MAX_BODY: usize = 3 << 20;
 const MAX_CONNECTIONS: usize = 1024;
 const HANDSHAKE: Duration = Duration::from_secs(10);
-const HEADER_READ: Duration = Duration::from_secs(30);
+/// Also how long an idle connection is kept: longer than clients keep theirs, so that they close first.
+const HEADER_READ: Duration = Duration::from_secs(300);
 /// Time that running requests get at the end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// The version of Kubernetes whose behaviour is followed.

@@ -444,3 +444,26 @@ async fn racing_patches_all_land() {
     let (_, object) = server.get(&format!("{AGENTS}/a")).await;
     assert_eq!(object["metadata"]["labels"].as_object().unwrap().len(), 10);
 }
+
+#[tokio::test]
+async fn a_dependent_made_right_after_its_owner_is_not_collected() {
+    let server = start_with_crd().await;
+    for number in 0..30 {
+        let name = format!("o{number}");
+        let (_, owner) = server.post(AGENTS, &agent(&name, json!({"image": "i"}))).await;
+        let reference =
+            json!({"apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "name": name, "uid": owner["metadata"]["uid"]});
+        let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "ownerReferences": [reference]}});
+        assert_eq!(server.post("/api/v1/namespaces/default/configmaps", &map).await.0, 201);
+    }
+    // One whose owner never was goes: then the collector has seen all the others.
+    let nobody = json!({"apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "name": "nobody", "uid": "0"});
+    let stray =
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "stray", "ownerReferences": [nobody]}});
+    server.post("/api/v1/namespaces/default/configmaps", &stray).await;
+    server
+        .wait("/api/v1/namespaces/default/configmaps/stray", |code, _| code == 404)
+        .await;
+    let (_, list) = server.get("/api/v1/namespaces/default/configmaps").await;
+    assert_eq!(list["items"].as_array().unwrap().len(), 30);
+}

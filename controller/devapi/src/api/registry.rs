@@ -60,9 +60,11 @@ impl Registry {
             .clone()
     }
 
-    /// Replaces the kinds that come from CRDs.
-    pub(crate) fn set_crds(&self, crds: &[Value]) {
+    /// Replaces the kinds that come from CRDs. `stored` is read under the lock, so that of two changes at once the
+    /// newer state stays.
+    pub(crate) fn refresh(&self, stored: impl FnOnce() -> Vec<Value>) {
         let mut current = self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let crds = stored();
         let built_in = current
             .resources
             .iter()

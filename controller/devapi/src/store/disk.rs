@@ -18,6 +18,8 @@ const CACHE_BYTES: usize = 8 << 20;
 pub(crate) enum StoreError {
     #[error("opening the store {path}: is another far-devapi using it?")]
     Open { path: PathBuf, source: redb::DatabaseError },
+    #[error("making the store {path} readable for this user only")]
+    File { path: PathBuf, source: io::Error },
     #[error("reading or writing the store")]
     Database(#[source] Box<redb::Error>),
     #[error("the store holds an object with a broken key or body: {0}; move the store away to start anew")]
@@ -46,6 +48,10 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        private(path).map_err(|source| StoreError::File {
+            path: path.to_owned(),
+            source,
+        })?;
         let database = Database::builder()
             .set_cache_size(CACHE_BYTES)
             .create(path)
@@ -98,6 +104,18 @@ impl Disk {
         }
         write.commit().map_err(database)
     }
+}
+
+/// The store holds Secrets: nobody else reads it, whatever the umask.
+fn private(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path)?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o600))
 }
 
 fn encode(key: &Key) -> String {
