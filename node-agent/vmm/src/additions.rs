@@ -125,7 +125,9 @@ impl Additions {
     pub fn load_beside(config_file: &Path) -> Result<Self, ConfigError> {
         match read_bounded(&config_file.with_file_name(FILE_NAME)) {
             Ok(text) => Self::parse(&text),
-            Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
             Err(error) => Err(error),
         }
     }
@@ -173,7 +175,10 @@ impl Additions {
         check_socket_path("vhost_socket", &settings.vhost_socket, 0)?;
         if settings.console_max_bytes < MIN_CONSOLE_MAX_BYTES {
             let message = format!("{}: {MIN_CONSOLE_MAX_BYTES} bytes and up", settings.console_max_bytes);
-            return Err(ConfigError::Field { field: "console_max_bytes".into(), message });
+            return Err(ConfigError::Field {
+                field: "console_max_bytes".into(),
+                message,
+            });
         }
         Ok(settings)
     }

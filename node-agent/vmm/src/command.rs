@@ -22,7 +22,11 @@ pub(crate) struct Ended {
 /// Runs `command` until it closes its standard output and ends, at most `limit`; standard error goes nowhere.
 pub(crate) fn run_bounded(command: &mut Command, limit: Duration) -> io::Result<Ended> {
     crate::sys::tie_to_this_process(command, None);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
     let mut stdout = child.stdout.take().expect("standard output was asked to be a pipe");
     let deadline = Instant::now() + limit;
     let mut output = Vec::new();
@@ -49,7 +53,10 @@ pub(crate) fn run_bounded(command: &mut Command, limit: Duration) -> io::Result<
         child.kill()?;
     }
     let status = child.wait()?;
-    Ok(Ended { output, status: ended_by_itself.then_some(status) })
+    Ok(Ended {
+        output,
+        status: ended_by_itself.then_some(status),
+    })
 }
 
 /// True once the child has ended, false at `deadline`.
@@ -72,8 +79,15 @@ mod tests {
 
     #[test]
     fn output_and_end_are_told() {
-        let ended = run_bounded(Command::new("sh").args(["-c", "echo hi; exit 3"]), Duration::from_secs(60)).unwrap();
-        assert_eq!((ended.output.as_slice(), ended.status.and_then(|s| s.code())), (&b"hi\n"[..], Some(3)));
+        let ended = run_bounded(
+            Command::new("sh").args(["-c", "echo hi; exit 3"]),
+            Duration::from_secs(60),
+        )
+        .unwrap();
+        assert_eq!(
+            (ended.output.as_slice(), ended.status.and_then(|s| s.code())),
+            (&b"hi\n"[..], Some(3))
+        );
     }
 
     #[test]

@@ -227,7 +227,10 @@ pub enum ConfigError {
 
 impl ConfigError {
     fn field(field: impl fmt::Display, message: impl Into<String>) -> Self {
-        Self::Field { field: field.to_string(), message: message.into() }
+        Self::Field {
+            field: field.to_string(),
+            message: message.into(),
+        }
     }
 }
 
@@ -267,7 +270,10 @@ impl VmConfig {
         self.check_interfaces()?;
         let Some(vsock) = &self.vsock else { return Ok(()) };
         if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
-            return Err(ConfigError::field("vsock.guest_cid", format!("{} is reserved: 3 and up", vsock.guest_cid)));
+            return Err(ConfigError::field(
+                "vsock.guest_cid",
+                format!("{} is reserved: 3 and up", vsock.guest_cid),
+            ));
         }
         check_path("vsock.uds_path", &vsock.uds_path)?;
         check_socket_path("vsock.uds_path", &vsock.uds_path, "_65535".len())
@@ -281,7 +287,10 @@ impl VmConfig {
         }
         let args = boot.boot_args.as_deref().unwrap_or_default();
         if args.len() > MAX_BOOT_ARGS {
-            let message = format!("{} bytes: at most {MAX_BOOT_ARGS} fit beside what a backend appends", args.len());
+            let message = format!(
+                "{} bytes: at most {MAX_BOOT_ARGS} fit beside what a backend appends",
+                args.len()
+            );
             return Err(ConfigError::field("boot-source.boot_args", message));
         }
         if args.chars().any(char::is_control) {
@@ -297,7 +306,10 @@ impl VmConfig {
             return Err(ConfigError::field("machine-config.vcpu_count", message));
         }
         if machine.mem_size_mib == 0 {
-            return Err(ConfigError::field("machine-config.mem_size_mib", "0: a VM needs memory"));
+            return Err(ConfigError::field(
+                "machine-config.mem_size_mib",
+                "0: a VM needs memory",
+            ));
         }
         Ok(())
     }
@@ -329,7 +341,10 @@ impl VmConfig {
             if let Some(mac) = &interface.guest_mac
                 && !is_mac(mac)
             {
-                return Err(ConfigError::field(at("guest_mac"), format!("{mac:?}: not of the form 02:00:00:00:00:01")));
+                return Err(ConfigError::field(
+                    at("guest_mac"),
+                    format!("{mac:?}: not of the form 02:00:00:00:00:01"),
+                ));
             }
         }
         Ok(())
@@ -339,9 +354,16 @@ impl VmConfig {
 /// Reads a small file; one that is larger than any real one is refused.
 pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>, ConfigError> {
     use io::Read;
-    let at = |source| ConfigError::Read { path: path.to_owned(), source };
+    let at = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let mut text = Vec::new();
-    fs::File::open(path).map_err(at)?.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(at)?;
+    fs::File::open(path)
+        .map_err(at)?
+        .take(MAX_CONFIG_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(at)?;
     if text.len() as u64 > MAX_CONFIG_BYTES {
         return Err(ConfigError::TooLarge { path: path.to_owned() });
     }
@@ -353,15 +375,23 @@ pub(crate) fn parse_json<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let field = error.path().to_string();
-        ConfigError::Parse { field, message: error.inner().to_string() }
+        ConfigError::Parse {
+            field,
+            message: error.inner().to_string(),
+        }
     })?;
-    deserializer.end().map_err(|error| ConfigError::Parse { field: ".".into(), message: error.to_string() })?;
+    deserializer.end().map_err(|error| ConfigError::Parse {
+        field: ".".into(),
+        message: error.to_string(),
+    })?;
     Ok(value)
 }
 
 /// An absolute or relative path that command lines of both backends can carry.
 fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
-    let Some(text) = path.to_str() else { return Err(ConfigError::field(field, "is not UTF-8")) };
+    let Some(text) = path.to_str() else {
+        return Err(ConfigError::field(field, "is not UTF-8"));
+    };
     if text.is_empty() {
         return Err(ConfigError::field(field, "is empty"));
     }
@@ -381,7 +411,11 @@ pub(crate) fn check_socket_path(field: &str, path: &Path, suffix: usize) -> Resu
         "{} has {} bytes{}: a Unix socket's path holds {MAX_SOCKET_PATH}; use a shorter folder",
         path.display(),
         path.as_os_str().len(),
-        if suffix > 0 { format!(" and needs {suffix} more for _<port>") } else { String::new() },
+        if suffix > 0 {
+            format!(" and needs {suffix} more for _<port>")
+        } else {
+            String::new()
+        },
     );
     Err(ConfigError::field(field, message))
 }
@@ -389,7 +423,10 @@ pub(crate) fn check_socket_path(field: &str, path: &Path, suffix: usize) -> Resu
 fn check_id(field: &str, id: &str, seen: &mut HashSet<String>) -> Result<(), ConfigError> {
     let fits = (1..=64).contains(&id.len());
     if !fits || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-        return Err(ConfigError::field(field, format!("{id:?}: 1 to 64 of [A-Za-z0-9_] are allowed")));
+        return Err(ConfigError::field(
+            field,
+            format!("{id:?}: 1 to 64 of [A-Za-z0-9_] are allowed"),
+        ));
     }
     if !seen.insert(id.to_owned()) {
         return Err(ConfigError::field(field, format!("{id:?} is used twice")));
@@ -399,7 +436,10 @@ fn check_id(field: &str, id: &str, seen: &mut HashSet<String>) -> Result<(), Con
 
 fn is_mac(text: &str) -> bool {
     let parts: Vec<&str> = text.split(':').collect();
-    parts.len() == 6 && parts.iter().all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
+    parts.len() == 6
+        && parts
+            .iter()
+            .all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 #[cfg(test)]
@@ -449,23 +489,51 @@ mod tests {
     fn each_wrong_value_is_named_by_its_field() {
         let long = "x".repeat(200);
         let cases = [
-            ("/boot-source/kernel_image_path", json!(""), "boot-source.kernel_image_path"),
-            ("/boot-source/kernel_image_path", json!("/k\n"), "boot-source.kernel_image_path"),
+            (
+                "/boot-source/kernel_image_path",
+                json!(""),
+                "boot-source.kernel_image_path",
+            ),
+            (
+                "/boot-source/kernel_image_path",
+                json!("/k\n"),
+                "boot-source.kernel_image_path",
+            ),
             ("/boot-source/boot_args", json!("a\nb"), "boot-source.boot_args"),
-            ("/boot-source/boot_args", json!("x".repeat(MAX_BOOT_ARGS + 1)), "boot-source.boot_args"),
+            (
+                "/boot-source/boot_args",
+                json!("x".repeat(MAX_BOOT_ARGS + 1)),
+                "boot-source.boot_args",
+            ),
             ("/boot-source/boot_args", json!(7), "boot-source.boot_args"),
             ("/machine-config/vcpu_count", json!(0), "machine-config.vcpu_count"),
             ("/machine-config/vcpu_count", json!(33), "machine-config.vcpu_count"),
             ("/machine-config/vcpu_count", json!(-1), "machine-config.vcpu_count"),
             ("/machine-config/mem_size_mib", json!(0), "machine-config.mem_size_mib"),
-            ("/machine-config/mem_size_mib", json!("512Mi"), "machine-config.mem_size_mib"),
+            (
+                "/machine-config/mem_size_mib",
+                json!("512Mi"),
+                "machine-config.mem_size_mib",
+            ),
             ("/drives/1/drive_id", json!("a"), "drives[1].drive_id"),
             ("/drives/1/drive_id", json!("a,file=/etc/shadow"), "drives[1].drive_id"),
             ("/drives/1/is_root_device", json!(true), "drives[1].is_root_device"),
             ("/drives/0/path_on_host", json!(""), "drives[0].path_on_host"),
-            ("/network-interfaces/0/host_dev_name", json!("a-name-of-16-byt"), "network-interfaces[0].host_dev_name"),
-            ("/network-interfaces/0/host_dev_name", json!("a,b"), "network-interfaces[0].host_dev_name"),
-            ("/network-interfaces/0/guest_mac", json!("02:00"), "network-interfaces[0].guest_mac"),
+            (
+                "/network-interfaces/0/host_dev_name",
+                json!("a-name-of-16-byt"),
+                "network-interfaces[0].host_dev_name",
+            ),
+            (
+                "/network-interfaces/0/host_dev_name",
+                json!("a,b"),
+                "network-interfaces[0].host_dev_name",
+            ),
+            (
+                "/network-interfaces/0/guest_mac",
+                json!("02:00"),
+                "network-interfaces[0].guest_mac",
+            ),
             ("/vsock/guest_cid", json!(2), "vsock.guest_cid"),
             ("/vsock/uds_path", json!(format!("/{long}")), "vsock.uds_path"),
         ];
@@ -479,7 +547,12 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_named_wherever_it_stands() {
-        for (pointer, key) in [("", "balloon"), ("/boot-source", "kernel"), ("/drives/0", "rate"), ("/entropy", "x")] {
+        for (pointer, key) in [
+            ("", "balloon"),
+            ("/boot-source", "kernel"),
+            ("/drives/0", "rate"),
+            ("/entropy", "x"),
+        ] {
             let mut config = full();
             config.pointer_mut(pointer).unwrap()[key] = json!(1);
             let error = error_of(&config);

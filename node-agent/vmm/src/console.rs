@@ -25,7 +25,10 @@ pub(crate) struct Tail {
 
 impl Tail {
     pub(crate) fn new(bound: usize) -> Self {
-        Self { bytes: VecDeque::new(), bound }
+        Self {
+            bytes: VecDeque::new(),
+            bound,
+        }
     }
 
     pub(crate) fn push(&mut self, bytes: &[u8]) {
@@ -164,7 +167,13 @@ impl Console {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
 }
 
 #[cfg(test)]
@@ -210,7 +219,11 @@ mod tests {
             let mut watch = PanicWatch::default();
             watch.push(&text[..cut]);
             watch.push(&text[cut..]);
-            assert_eq!(watch.line().as_deref(), Some("Kernel panic - not syncing: VFS: no root"), "cut at {cut}");
+            assert_eq!(
+                watch.line().as_deref(),
+                Some("Kernel panic - not syncing: VFS: no root"),
+                "cut at {cut}"
+            );
         }
     }
 

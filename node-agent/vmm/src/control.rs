@@ -29,7 +29,7 @@ pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// What a client asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(rename_all = "lowercase")]
 pub enum Request {
     /// Tell what is known.
     Status,
@@ -41,6 +41,13 @@ pub enum Request {
     Kill,
     /// Go.
     Release,
+}
+
+/// A request's line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RequestLine {
+    pub(crate) op: Request,
 }
 
 /// What far-vmm answers.
@@ -133,7 +140,10 @@ impl ControlError {
     pub fn is_gone(&self) -> bool {
         match self {
             Self::Connect { source, .. } => {
-                matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+                matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                )
             }
             Self::Gone { .. } => true,
             Self::Io { .. } | Self::Refused { .. } => false,
@@ -143,16 +153,21 @@ impl ControlError {
 
 /// The line of a request.
 fn request_line(request: Request) -> Vec<u8> {
-    let mut line = serde_json::to_vec(&request).expect("an enum without data has a JSON form");
+    let mut line = serde_json::to_vec(&RequestLine { op: request }).expect("a word has a JSON form");
     line.push(b'\n');
     line
 }
 
 /// The status in an answer's line.
 fn read_answer(line: &[u8], socket: &std::path::Path) -> Result<Status, ControlError> {
-    let refused = |message| ControlError::Refused { socket: socket.to_owned(), message };
+    let refused = |message| ControlError::Refused {
+        socket: socket.to_owned(),
+        message,
+    };
     if !line.ends_with(b"\n") {
-        return Err(ControlError::Gone { socket: socket.to_owned() });
+        return Err(ControlError::Gone {
+            socket: socket.to_owned(),
+        });
     }
     match serde_json::from_slice(line) {
         Ok(Answer::Status(status)) => Ok(*status),
@@ -164,7 +179,12 @@ fn read_answer(line: &[u8], socket: &std::path::Path) -> Result<Status, ControlE
 /// An error of the stream as a client tells it: a reset is the same as the end of the stream.
 fn stream_error(socket: &std::path::Path, source: io::Error) -> ControlError {
     match source.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => ControlError::Gone { socket: socket.to_owned() },
-        _ => ControlError::Io { socket: socket.to_owned(), source },
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => ControlError::Gone {
+            socket: socket.to_owned(),
+        },
+        _ => ControlError::Io {
+            socket: socket.to_owned(),
+            source,
+        },
     }
 }

@@ -76,7 +76,10 @@ impl ExitRecord {
     /// True for an end without sign of a fault of the VMM: its process ended with 0, or a caller asked for the end.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        let by_caller = matches!(self.asked, Some(Asked::Stop | Asked::Kill | Asked::Release | Asked::Signal));
+        let by_caller = matches!(
+            self.asked,
+            Some(Asked::Stop | Asked::Kill | Asked::Release | Asked::Signal)
+        );
         by_caller || (self.cause == ExitCause::Exited && self.code == Some(0) && self.asked.is_none())
     }
 
@@ -99,7 +102,10 @@ impl ExitRecord {
             Err(error) => return Err(error),
         };
         serde_json::from_slice(&text).map(Some).map_err(|error| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("exit record {}: {error}", path.display()))
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("exit record {}: {error}", path.display()),
+            )
         })
     }
 
@@ -110,7 +116,12 @@ impl ExitRecord {
     /// The file system's.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let temporary = path.with_extension("json.tmp");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
         serde_json::to_writer_pretty(&mut file, self)?;
         file.write_all(b"\n")?;
         file.sync_all()?;
@@ -166,11 +177,27 @@ mod tests {
             ("the VMM failed", ExitCause::Exited, Some(1), None, false),
             ("somebody killed the VMM", ExitCause::Signaled, None, None, false),
             ("killed on request", ExitCause::Signaled, None, Some(Asked::Kill), true),
-            ("the vsock daemon died", ExitCause::Signaled, None, Some(Asked::VsockLost), false),
+            (
+                "the vsock daemon died",
+                ExitCause::Signaled,
+                None,
+                Some(Asked::VsockLost),
+                false,
+            ),
             ("never started", ExitCause::StartFailed, None, None, false),
         ];
         for (why, cause, code, asked, clean) in cases {
-            assert_eq!(ExitRecord { cause, code, asked, ..record() }.is_clean(), clean, "{why}");
+            assert_eq!(
+                ExitRecord {
+                    cause,
+                    code,
+                    asked,
+                    ..record()
+                }
+                .is_clean(),
+                clean,
+                "{why}"
+            );
         }
     }
 }

@@ -55,13 +55,30 @@ fn main() {
     });
     if args.probe {
         let found = probe::run(&probe::ProbeOptions::default());
-        println!("{}", serde_json::to_string_pretty(&found).expect("plain data has a JSON form"));
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&found).expect("plain data has a JSON form")
+        );
         return;
     }
-    let Some(config_file) = args.config_file else { exit(BAD_ARGUMENTS) };
+    let Some(config_file) = args.config_file else {
+        exit(BAD_ARGUMENTS)
+    };
     stand_alone();
-    let Args { id: vm_id, metadata, boot_timer, api_sock, .. } = args;
-    let job = Job { vm_id, config_file, metadata, boot_timer, api_sock };
+    let Args {
+        id: vm_id,
+        metadata,
+        boot_timer,
+        api_sock,
+        ..
+    } = args;
+    let job = Job {
+        vm_id,
+        config_file,
+        metadata,
+        boot_timer,
+        api_sock,
+    };
     exit(run::run(&job).unwrap_or_else(|error| {
         eprintln!("far-vmm {}: {}", job.vm_id, run::chain(&error));
         match error {

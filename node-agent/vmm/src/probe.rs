@@ -64,11 +64,23 @@ pub struct Finding {
 
 impl Finding {
     fn has(reason: impl Into<String>) -> Self {
-        Self { ok: true, reason: reason.into(), fix: None, path: None, version: None }
+        Self {
+            ok: true,
+            reason: reason.into(),
+            fix: None,
+            path: None,
+            version: None,
+        }
     }
 
     fn lack(reason: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { ok: false, reason: reason.into(), fix: Some(fix.into()), path: None, version: None }
+        Self {
+            ok: false,
+            reason: reason.into(),
+            fix: Some(fix.into()),
+            path: None,
+            version: None,
+        }
     }
 }
 
@@ -110,6 +122,10 @@ impl Capabilities {
     /// The `accel` to write into `far.json`, so that a VM's start need not probe again.
     #[must_use]
     pub fn accel(&self) -> crate::additions::Accel {
-        if self.kvm.ok { crate::additions::Accel::Kvm } else { crate::additions::Accel::Tcg }
+        if self.kvm.ok {
+            crate::additions::Accel::Kvm
+        } else {
+            crate::additions::Accel::Tcg
+        }
     }
 }

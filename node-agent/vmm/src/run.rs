@@ -81,7 +81,9 @@ pub enum RunError {
 pub fn run(job: &Job) -> Result<i32, RunError> {
     let fits = (1..=64).contains(&job.vm_id.len());
     if !fits || !job.vm_id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
-        return Err(RunError::VmId { vm_id: job.vm_id.clone() });
+        return Err(RunError::VmId {
+            vm_id: job.vm_id.clone(),
+        });
     }
     let folder = VmFolder::lock(&job.config_file)?;
     let additions = |source| RunError::Additions { source };

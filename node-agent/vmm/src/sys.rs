@@ -1,6 +1,9 @@
 //! The calls that have no safe form: the only module with `unsafe`.
 
-#![allow(unsafe_code, reason = "each block proves its call; the rest of the crate denies unsafe code")]
+#![allow(
+    unsafe_code,
+    reason = "each block proves its call; the rest of the crate denies unsafe code"
+)]
 
 use nix::{
     sched::{CloneFlags, setns},

@@ -4,28 +4,42 @@ mod common;
 
 use common::{Vm, qemu_or_skip};
 use far_vmm::{
-    control::State,
+    control::{AsyncClient, State},
     exit::{Asked, ExitCause},
     pvh::Then,
 };
-use std::{fs, os::unix::fs::FileTypeExt};
+use std::{
+    fs,
+    os::unix::{fs::FileTypeExt, net::UnixStream},
+};
 
 #[test]
 fn a_guest_that_prints_and_ends_leaves_a_record_and_its_console() {
-    let Some(tools) = qemu_or_skip("a_guest_that_prints_and_ends_leaves_a_record_and_its_console") else { return };
+    let Some(tools) = qemu_or_skip("a_guest_that_prints_and_ends_leaves_a_record_and_its_console") else {
+        return;
+    };
     let vm = Vm::boot(&tools, b"hello from the guest\n", Then::End);
     let record = vm.wait_ended();
-    assert_eq!((record.cause, record.code, record.asked), (ExitCause::Exited, Some(0), None), "{record:?}");
+    assert_eq!(
+        (record.cause, record.code, record.asked),
+        (ExitCause::Exited, Some(0), None),
+        "{record:?}"
+    );
     assert!(record.is_clean() && !record.kernel_panic);
     assert!(record.vmm_cpu_us > 0);
     assert_eq!(record.console_tail, "hello from the guest\n");
-    assert_eq!(fs::read_to_string(vm.path("console.log")).unwrap(), "hello from the guest\n");
+    assert_eq!(
+        fs::read_to_string(vm.path("console.log")).unwrap(),
+        "hello from the guest\n"
+    );
     assert_eq!(vm.exit_record(), Some(record));
 }
 
 #[test]
 fn a_running_vm_tells_its_processes_and_a_kill_ends_them() {
-    let Some(tools) = qemu_or_skip("a_running_vm_tells_its_processes_and_a_kill_ends_them") else { return };
+    let Some(tools) = qemu_or_skip("a_running_vm_tells_its_processes_and_a_kill_ends_them") else {
+        return;
+    };
     let vm = Vm::boot(&tools, b"up\n", Then::Halt);
     let status = vm.wait_console("up");
     assert_eq!((status.state, status.backend.as_str()), (State::Running, "qemu"));
@@ -34,31 +48,40 @@ fn a_running_vm_tells_its_processes_and_a_kill_ends_them() {
     assert!(fs::metadata(vm.path("v.sock")).unwrap().file_type().is_socket());
     vm.client().kill().unwrap();
     let record = vm.wait_ended();
-    assert_eq!((record.cause, record.signal, record.asked), (ExitCause::Signaled, Some(9), Some(Asked::Kill)));
+    assert_eq!(
+        (record.cause, record.signal, record.asked),
+        (ExitCause::Signaled, Some(9), Some(Asked::Kill))
+    );
     common::wait_gone(&pids);
 }
 
 #[test]
 fn a_stop_lets_the_vmm_end_in_order() {
-    let Some(tools) = qemu_or_skip("a_stop_lets_the_vmm_end_in_order") else { return };
+    let Some(tools) = qemu_or_skip("a_stop_lets_the_vmm_end_in_order") else {
+        return;
+    };
     let vm = Vm::boot(&tools, b"up\n", Then::Halt);
     vm.wait_console("up");
     vm.client().stop().unwrap();
     let record = vm.wait_ended();
-    assert_eq!((record.cause, record.code, record.asked), (ExitCause::Exited, Some(0), Some(Asked::Stop)));
+    assert_eq!(
+        (record.cause, record.code, record.asked),
+        (ExitCause::Exited, Some(0), Some(Asked::Stop))
+    );
 }
 
 #[test]
 fn a_guest_that_writes_without_end_neither_fills_the_disk_nor_keeps_requests_waiting() {
-    let Some(tools) =
-        qemu_or_skip("a_guest_that_writes_without_end_neither_fills_the_disk_nor_keeps_requests_waiting")
+    let Some(tools) = qemu_or_skip("a_guest_that_writes_without_end_neither_fills_the_disk_nor_keeps_requests_waiting")
     else {
         return;
     };
     let vm = Vm::boot(&tools, &[b'x'; 1000], Then::Repeat);
     common::wait_for("three times the console's bound to be written", || {
         let status = vm.client().status().map_err(|error| error.to_string())?;
-        (status.console_bytes > 3 * common::CONSOLE_MAX).then_some(()).ok_or(format!("{}", status.console_bytes))
+        (status.console_bytes > 3 * common::CONSOLE_MAX)
+            .then_some(())
+            .ok_or(format!("{}", status.console_bytes))
     });
     assert!(fs::metadata(vm.path("console.log")).unwrap().len() <= common::CONSOLE_MAX);
     vm.client().kill().unwrap();
@@ -84,7 +107,9 @@ fn far_vmm_killed_takes_qemu_and_the_vsock_daemon_along_and_the_vm_is_not_booted
 
 #[test]
 fn a_finished_vm_is_never_booted_again() {
-    let Some(tools) = qemu_or_skip("a_finished_vm_is_never_booted_again") else { return };
+    let Some(tools) = qemu_or_skip("a_finished_vm_is_never_booted_again") else {
+        return;
+    };
     let mut vm = Vm::boot(&tools, b"once\n", Then::End);
     let record = vm.wait_ended();
     vm.client().release().unwrap();
@@ -97,13 +122,22 @@ fn a_finished_vm_is_never_booted_again() {
 
 #[test]
 fn the_tombstone_answers_until_it_is_released_and_removes_its_sockets() {
-    let Some(tools) = qemu_or_skip("the_tombstone_answers_until_it_is_released_and_removes_its_sockets") else { return };
+    let Some(tools) = qemu_or_skip("the_tombstone_answers_until_it_is_released_and_removes_its_sockets") else {
+        return;
+    };
     let mut vm = Vm::boot(&tools, b"bye\n", Then::End);
     vm.wait_ended();
     let status = vm.client().status().unwrap();
-    assert_eq!((status.state, status.vmm_pid, status.vsock_pid), (State::Ended, None, None));
+    assert_eq!(
+        (status.state, status.vmm_pid, status.vsock_pid),
+        (State::Ended, None, None)
+    );
     assert!(status.exit.is_some());
-    assert_eq!(vm.client().wait(common::LIMIT).unwrap().exit, status.exit, "a wait after the end is answered at once");
+    assert_eq!(
+        vm.client().wait(common::LIMIT).unwrap().exit,
+        status.exit,
+        "a wait after the end is answered at once"
+    );
     vm.client().release().unwrap();
     assert_eq!(vm.wait_far_vmm(), Some(0));
     for socket in ["vmm.sock", "v.sock", "vhost.sock"] {
@@ -114,7 +148,9 @@ fn the_tombstone_answers_until_it_is_released_and_removes_its_sockets() {
 
 #[test]
 fn a_release_while_the_vm_runs_ends_it_with_a_record() {
-    let Some(tools) = qemu_or_skip("a_release_while_the_vm_runs_ends_it_with_a_record") else { return };
+    let Some(tools) = qemu_or_skip("a_release_while_the_vm_runs_ends_it_with_a_record") else {
+        return;
+    };
     let mut vm = Vm::boot(&tools, b"up\n", Then::Halt);
     vm.wait_console("up");
     let pids = vm.children();
@@ -126,7 +162,9 @@ fn a_release_while_the_vm_runs_ends_it_with_a_record() {
 
 #[test]
 fn without_its_folder_far_vmm_ends_its_vm_and_goes() {
-    let Some(tools) = qemu_or_skip("without_its_folder_far_vmm_ends_its_vm_and_goes") else { return };
+    let Some(tools) = qemu_or_skip("without_its_folder_far_vmm_ends_its_vm_and_goes") else {
+        return;
+    };
     for then in [Then::Halt, Then::End] {
         let mut vm = Vm::boot(&tools, b"up\n", then);
         if then == Then::End {
@@ -144,7 +182,9 @@ fn without_its_folder_far_vmm_ends_its_vm_and_goes() {
 
 #[test]
 fn a_signal_to_far_vmm_ends_everything_and_is_recorded() {
-    let Some(tools) = qemu_or_skip("a_signal_to_far_vmm_ends_everything_and_is_recorded") else { return };
+    let Some(tools) = qemu_or_skip("a_signal_to_far_vmm_ends_everything_and_is_recorded") else {
+        return;
+    };
     for signal in ["TERM", "HUP", "INT"] {
         let mut vm = Vm::boot(&tools, b"up\n", Then::Halt);
         vm.wait_console("up");
@@ -158,34 +198,53 @@ fn a_signal_to_far_vmm_ends_everything_and_is_recorded() {
 
 #[test]
 fn a_vsock_daemon_that_dies_is_told_as_the_vmms_crash() {
-    let Some(tools) = qemu_or_skip("a_vsock_daemon_that_dies_is_told_as_the_vmms_crash") else { return };
+    let Some(tools) = qemu_or_skip("a_vsock_daemon_that_dies_is_told_as_the_vmms_crash") else {
+        return;
+    };
     let vm = Vm::boot(&tools, b"up\n", Then::Halt);
     let daemon = vm.wait_console("up").vsock_pid.unwrap();
     common::kill(daemon);
     let record = vm.wait_ended();
     assert!(!record.is_clean(), "{record:?}");
     assert_eq!(record.asked, Some(Asked::VsockLost), "{record:?}");
-    assert!(record.message.contains("vsock daemon ended (signal 9)"), "{}", record.message);
+    assert!(
+        record.message.contains("vsock daemon ended (signal 9)"),
+        "{}",
+        record.message
+    );
 }
 
 #[test]
 fn a_qemu_that_is_killed_is_told_as_a_crash() {
-    let Some(tools) = qemu_or_skip("a_qemu_that_is_killed_is_told_as_a_crash") else { return };
+    let Some(tools) = qemu_or_skip("a_qemu_that_is_killed_is_told_as_a_crash") else {
+        return;
+    };
     let vm = Vm::boot(&tools, b"up\n", Then::Halt);
     let qemu = vm.wait_console("up").vmm_pid.unwrap();
     common::kill(qemu);
     let record = vm.wait_ended();
-    assert_eq!((record.cause, record.signal, record.asked), (ExitCause::Signaled, Some(9), None));
+    assert_eq!(
+        (record.cause, record.signal, record.asked),
+        (ExitCause::Signaled, Some(9), None)
+    );
     assert!(!record.is_clean());
 }
 
 #[test]
 fn a_start_that_fails_says_which_field_and_stays_to_tell_it() {
-    let Some(tools) = qemu_or_skip("a_start_that_fails_says_which_field_and_stays_to_tell_it") else { return };
+    let Some(tools) = qemu_or_skip("a_start_that_fails_says_which_field_and_stays_to_tell_it") else {
+        return;
+    };
     let missing = |field: &str, value: &str| (field.to_owned(), serde_json::json!(value));
     let cases = [
-        (missing("/boot-source/kernel_image_path", "/nonexistent/vmlinux"), "boot-source.kernel_image_path"),
-        (("/machine-config/mem_size_mib".to_owned(), serde_json::json!(0)), "machine-config.mem_size_mib"),
+        (
+            missing("/boot-source/kernel_image_path", "/nonexistent/vmlinux"),
+            "boot-source.kernel_image_path",
+        ),
+        (
+            ("/machine-config/mem_size_mib".to_owned(), serde_json::json!(0)),
+            "machine-config.mem_size_mib",
+        ),
     ];
     for ((pointer, value), field) in cases {
         let vm = Vm::boot_changed(&tools, b"never\n", Then::End, |config| {
@@ -199,20 +258,120 @@ fn a_start_that_fails_says_which_field_and_stays_to_tell_it() {
 }
 
 #[test]
-fn a_vm_in_a_network_namespace_of_its_own_is_really_in_it() {
-    let name = "a_vm_in_a_network_namespace_of_its_own_is_really_in_it";
+fn a_vms_nic_is_the_tap_in_the_guests_namespace() {
+    let name = "a_vms_nic_is_the_tap_in_the_guests_namespace";
     let Some(tools) = qemu_or_skip(name) else { return };
-    if far_net::capability().is_err() {
-        eprintln!("SKIPPED {name}: CAP_NET_ADMIN and CAP_SYS_ADMIN");
+    if let Err(lack) = far_net::capability() {
+        eprintln!("SKIPPED {name}: {lack}");
         return;
     }
-    let sleeper = common::Sleeper::in_own_netns();
-    let netns = format!("/proc/{}/ns/net", sleeper.pid());
-    let vm = Vm::boot_with(&tools, b"up\n", Then::Halt, |_| {}, |additions| additions.netns = Some(netns.clone().into()));
+    let netns = far_net::GuestNetns::create().unwrap();
+    let slot = far_net::Slot::new(9).unwrap();
+    let tap = netns.create_tap(slot).unwrap();
+    let nic = serde_json::json!([
+        {"iface_id": "eth0", "host_dev_name": tap.as_str(), "guest_mac": slot.guest_mac()}
+    ]);
+    let path = netns.path();
+    let vm = Vm::boot_with(
+        &tools,
+        b"up\n",
+        Then::Halt,
+        |config| config["network-interfaces"] = nic,
+        |additions| additions.netns = Some(path.clone()),
+    );
     let status = vm.wait_console("up");
     let of = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
-    assert_eq!(of(status.vmm_pid.unwrap()), fs::read_link(&netns).unwrap());
-    assert_eq!(of(status.vsock_pid.unwrap()), fs::read_link("/proc/self/ns/net").unwrap(), "it needs no network");
+    assert_eq!(of(status.vmm_pid.unwrap()), fs::read_link(&path).unwrap());
+    assert_eq!(
+        of(status.vsock_pid.unwrap()),
+        fs::read_link("/proc/self/ns/net").unwrap(),
+        "it needs no network"
+    );
+    assert!(netns.delete_tap(&tap).is_err(), "QEMU holds the tap");
     vm.client().kill().unwrap();
     vm.wait_ended();
+    netns.delete_tap(&tap).unwrap();
+}
+
+#[test]
+fn requests_that_are_none_are_answered_and_silent_connections_do_not_keep_others_out() {
+    let name = "requests_that_are_none_are_answered_and_silent_connections_do_not_keep_others_out";
+    let Some(tools) = qemu_or_skip(name) else { return };
+    let vm = Vm::boot(&tools, b"up\n", Then::Halt);
+    vm.wait_console("up");
+    let long = "x".repeat(100_000);
+    for request in [
+        "\n",
+        "{}\n",
+        "{\"op\":\"pause\"}\n",
+        "{\"op\":\"kill\",\"now\":1}\n",
+        &long,
+    ] {
+        let answer = common::ask(&vm.path("vmm.sock"), request);
+        assert!(
+            answer.is_empty() || answer.contains("\"error\""),
+            "{request:?}: {answer}"
+        );
+    }
+    let silent: Vec<_> = (0..100)
+        .map(|_| UnixStream::connect(vm.path("vmm.sock")).unwrap())
+        .collect();
+    assert_eq!(vm.client().status().unwrap().state, State::Running);
+    drop(silent);
+    vm.client().kill().unwrap();
+    vm.wait_ended();
+}
+
+#[test]
+fn the_asynchronous_client_hears_of_the_end_and_of_a_far_vmm_that_is_gone() {
+    let name = "the_asynchronous_client_hears_of_the_end_and_of_a_far_vmm_that_is_gone";
+    let Some(tools) = qemu_or_skip(name) else { return };
+    let mut vm = Vm::boot(&tools, b"up\n", Then::Halt);
+    vm.wait_console("up");
+    let client = AsyncClient::new(vm.path("vmm.sock"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let (waited, killed) = tokio::join!(client.wait(), client.kill());
+        killed.unwrap();
+        assert_eq!(waited.unwrap().exit.unwrap().asked, Some(Asked::Kill));
+    });
+    vm.kill_far_vmm();
+    let gone = runtime.block_on(client.wait()).unwrap_err();
+    assert!(gone.is_gone(), "{gone}");
+}
+
+#[test]
+fn without_a_tombstone_far_vmm_ends_with_the_vmms_code() {
+    let Some(tools) = qemu_or_skip("without_a_tombstone_far_vmm_ends_with_the_vmms_code") else {
+        return;
+    };
+    let only = |additions: &mut far_vmm::Additions| additions.tombstone = Some(false);
+    let mut vm = Vm::boot_with(&tools, b"bye\n", Then::End, |_| {}, only);
+    assert_eq!(vm.wait_far_vmm(), Some(0));
+    let no_memory =
+        |config: &mut serde_json::Value| config["machine-config"]["mem_size_mib"] = 4_000_000_000_u32.into();
+    let mut vm = Vm::boot_with(&tools, b"never\n", Then::End, no_memory, only);
+    assert_eq!(vm.wait_far_vmm(), Some(1), "QEMU's own code");
+    let record = vm.exit_record().unwrap();
+    assert!(!record.is_clean() && record.message.contains("mem"), "{record:?}");
+}
+
+#[test]
+fn a_second_far_vmm_on_the_same_folder_is_refused_and_harms_nothing() {
+    let Some(tools) = qemu_or_skip("a_second_far_vmm_on_the_same_folder_is_refused_and_harms_nothing") else {
+        return;
+    };
+    let mut vm = Vm::boot(&tools, b"up\n", Then::Halt);
+    vm.wait_console("up");
+    let (code, stderr) = vm.second_far_vmm();
+    assert!(
+        code == Some(3) && stderr.contains("another far-vmm"),
+        "{code:?} {stderr}"
+    );
+    assert_eq!(vm.client().status().unwrap().state, State::Running);
+    vm.client().release().unwrap();
+    vm.wait_far_vmm();
 }

@@ -19,7 +19,12 @@ pub struct Options<'a> {
 /// The command line.
 #[must_use]
 pub fn program(firecracker: &Path, config_file: &Path, options: &Options) -> Program {
-    let mut args = vec!["--id".into(), options.vm_id.into(), "--config-file".into(), config_file.into()];
+    let mut args = vec![
+        "--id".into(),
+        options.vm_id.into(),
+        "--config-file".into(),
+        config_file.into(),
+    ];
     if let Some(metadata) = options.metadata {
         args.extend(["--metadata".into(), metadata.into()]);
     }
@@ -30,7 +35,10 @@ pub fn program(firecracker: &Path, config_file: &Path, options: &Options) -> Pro
         Some(socket) => args.extend(["--api-sock".into(), socket.into()]),
         None => args.push("--no-api".into()),
     }
-    Program { path: firecracker.to_owned(), args }
+    Program {
+        path: firecracker.to_owned(),
+        args,
+    }
 }
 
 #[cfg(test)]
@@ -39,17 +47,31 @@ mod tests {
 
     #[test]
     fn the_same_file_is_given_to_firecracker() {
-        let base = Options { vm_id: "fa-1", ..Options::default() };
+        let base = Options {
+            vm_id: "fa-1",
+            ..Options::default()
+        };
         let cases = [
-            ("as far-node starts it", base.clone(), "--id fa-1 --config-file /r/vm.json --no-api"),
+            (
+                "as far-node starts it",
+                base.clone(),
+                "--id fa-1 --config-file /r/vm.json --no-api",
+            ),
             (
                 "as Flintlock starts it",
-                Options { metadata: Some(Path::new("/r/metadata.json")), boot_timer: true, ..base.clone() },
+                Options {
+                    metadata: Some(Path::new("/r/metadata.json")),
+                    boot_timer: true,
+                    ..base.clone()
+                },
                 "--id fa-1 --config-file /r/vm.json --metadata /r/metadata.json --boot-timer --no-api",
             ),
             (
                 "with an API",
-                Options { api_sock: Some(Path::new("/r/api.sock")), ..base },
+                Options {
+                    api_sock: Some(Path::new("/r/api.sock")),
+                    ..base
+                },
                 "--id fa-1 --config-file /r/vm.json --api-sock /r/api.sock",
             ),
         ];

@@ -43,7 +43,10 @@ pub fn vsock_daemon(daemon: &Path, vsock: &Vsock, vhost_socket: &Path) -> Progra
         "--uds-path".into(),
         vsock.uds_path.as_path().into(),
     ];
-    Program { path: daemon.to_owned(), args }
+    Program {
+        path: daemon.to_owned(),
+        args,
+    }
 }
 
 /// QEMU's command line. The serial console is its standard output.
@@ -56,7 +59,10 @@ pub fn program(qemu: &Path, config: &VmConfig, options: &Options) -> Program {
     args.option("-display", "none");
     args.option("-name", format!("guest={}", escape(options.vm_id)));
     if options.sandbox {
-        args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        args.option(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
     }
     args.option("-M", "microvm,memory-backend=mem0");
     match options.accelerator {
@@ -64,15 +70,20 @@ pub fn program(qemu: &Path, config: &VmConfig, options: &Options) -> Program {
         // `max` keeps the time stamp counter as the guest's clock; older models make it tick in steps of 4 ms.
         Accelerator::Tcg { .. } => args.option("-accel", "tcg").option("-cpu", "max"),
     };
-    args.option("-smp", machine.vcpu_count.to_string()).option("-m", &memory);
+    args.option("-smp", machine.vcpu_count.to_string())
+        .option("-m", &memory);
     // Shared, because the vsock daemon reads and writes the guest's memory.
-    args.option("-object", format!("memory-backend-memfd,id=mem0,size={memory},share=on"));
+    args.option(
+        "-object",
+        format!("memory-backend-memfd,id=mem0,size={memory},share=on"),
+    );
     args.option("-kernel", text(&config.boot_source.kernel_image_path));
     if let Some(initrd) = &config.boot_source.initrd_path {
         args.option("-initrd", text(initrd));
     }
     args.option("-append", boot_args(config, options.accelerator));
-    args.option("-chardev", "stdio,id=console,signal=off").option("-serial", "chardev:console");
+    args.option("-chardev", "stdio,id=console,signal=off")
+        .option("-serial", "chardev:console");
     // No device names its transport: QEMU takes them from the last one on and lists them to the guest in the same order,
     // so the first drive is /dev/vda; the first transports share interrupts with the serial port, which silences it.
     for drive in &config.drives {
@@ -82,20 +93,30 @@ pub fn program(qemu: &Path, config: &VmConfig, options: &Options) -> Program {
         args.interface(interface);
     }
     if config.vsock.is_some() {
-        args.option("-chardev", format!("socket,id=vsock,path={}", escape(text(options.vhost_socket))));
+        args.option(
+            "-chardev",
+            format!("socket,id=vsock,path={}", escape(text(options.vhost_socket))),
+        );
         args.option("-device", "vhost-user-vsock-device,chardev=vsock");
     }
     if config.entropy.is_some() {
         args.option("-object", "rng-random,id=entropy,filename=/dev/urandom");
         args.option("-device", "virtio-rng-device,rng=entropy");
     }
-    Program { path: qemu.to_owned(), args: args.0.into_iter().map(Into::into).collect() }
+    Program {
+        path: qemu.to_owned(),
+        args: args.0.into_iter().map(Into::into).collect(),
+    }
 }
 
 /// The description's command line with what this machine needs added where it says nothing about it.
 #[must_use]
 pub fn boot_args(config: &VmConfig, accelerator: Accelerator) -> String {
-    let given = config.boot_source.boot_args.as_deref().unwrap_or("console=ttyS0 panic=-1");
+    let given = config
+        .boot_source
+        .boot_args
+        .as_deref()
+        .unwrap_or("console=ttyS0 panic=-1");
     let has = |key: &str| given.split_whitespace().any(|word| word.split('=').next() == Some(key));
     let mut all = given.trim().to_owned();
     let mut add = |key: &str, word: &str| {
@@ -137,7 +158,13 @@ impl Args {
     }
 
     fn drive(&mut self, drive: &Drive) {
-        let Drive { drive_id, path_on_host, is_read_only, cache_type, .. } = drive;
+        let Drive {
+            drive_id,
+            path_on_host,
+            is_read_only,
+            cache_type,
+            ..
+        } = drive;
         let path = escape(text(path_on_host));
         let readonly = if *is_read_only { "on" } else { "off" };
         let cache = match cache_type {
@@ -150,8 +177,15 @@ impl Args {
     }
 
     fn interface(&mut self, interface: &NetworkInterface) {
-        let NetworkInterface { iface_id, host_dev_name, guest_mac } = interface;
-        self.option("-netdev", format!("tap,id=net-{iface_id},ifname={host_dev_name},script=no,downscript=no"));
+        let NetworkInterface {
+            iface_id,
+            host_dev_name,
+            guest_mac,
+        } = interface;
+        self.option(
+            "-netdev",
+            format!("tap,id=net-{iface_id},ifname={host_dev_name},script=no,downscript=no"),
+        );
         let mac = guest_mac.as_ref().map(|mac| format!(",mac={mac}")).unwrap_or_default();
         self.option("-device", format!("virtio-net-device,netdev=net-{iface_id}{mac}"));
     }
@@ -176,9 +210,19 @@ mod tests {
     }
 
     fn line(config: &VmConfig, accelerator: Accelerator, sandbox: bool) -> String {
-        let options = Options { vm_id: "fa-1", accelerator, vhost_socket: Path::new("/r/vhost.sock"), sandbox };
+        let options = Options {
+            vm_id: "fa-1",
+            accelerator,
+            vhost_socket: Path::new("/r/vhost.sock"),
+            sandbox,
+        };
         let program = program(Path::new("/bin/qemu"), config, &options);
-        program.args.iter().map(|arg| arg.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        program
+            .args
+            .iter()
+            .map(|arg| arg.to_str().unwrap())
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
@@ -207,7 +251,16 @@ mod tests {
             -device virtio-net-device,netdev=net-eth0,mac=02:00:00:00:00:07 \
             -chardev socket,id=vsock,path=/r/vhost.sock -device vhost-user-vsock-device,chardev=vsock \
             -object rng-random,id=entropy,filename=/dev/urandom -device virtio-rng-device,rng=entropy";
-        assert_eq!(line(&config, Accelerator::Tcg { tsc_khz: Some(2_000_000) }, true), expected);
+        assert_eq!(
+            line(
+                &config,
+                Accelerator::Tcg {
+                    tsc_khz: Some(2_000_000)
+                },
+                true
+            ),
+            expected
+        );
     }
 
     #[test]
@@ -226,13 +279,43 @@ mod tests {
     fn the_command_line_of_the_kernel_gets_only_what_it_lacks() {
         let tcg = Accelerator::Tcg { tsc_khz: Some(7) };
         let cases = [
-            ("nothing said", "quiet", "", tcg, "quiet tsc_early_khz=7 tsc=reliable no_timer_check"),
-            ("all said", "tsc=unstable tsc_early_khz=1 no_timer_check", "", tcg, "tsc=unstable tsc_early_khz=1 no_timer_check"),
-            ("rate unknown", "a", "", Accelerator::Tcg { tsc_khz: None }, "a tsc=reliable no_timer_check"),
+            (
+                "nothing said",
+                "quiet",
+                "",
+                tcg,
+                "quiet tsc_early_khz=7 tsc=reliable no_timer_check",
+            ),
+            (
+                "all said",
+                "tsc=unstable tsc_early_khz=1 no_timer_check",
+                "",
+                tcg,
+                "tsc=unstable tsc_early_khz=1 no_timer_check",
+            ),
+            (
+                "rate unknown",
+                "a",
+                "",
+                Accelerator::Tcg { tsc_khz: None },
+                "a tsc=reliable no_timer_check",
+            ),
             ("KVM has a clock of its own", "a", "", Accelerator::Kvm, "a"),
-            ("root, read only", "a", "true, \"is_read_only\": true", Accelerator::Kvm, "a root=/dev/vda ro"),
+            (
+                "root, read only",
+                "a",
+                "true, \"is_read_only\": true",
+                Accelerator::Kvm,
+                "a root=/dev/vda ro",
+            ),
             ("root, writable", "a", "true", Accelerator::Kvm, "a root=/dev/vda rw"),
-            ("root said", "root=/dev/vdb rw", "true", Accelerator::Kvm, "root=/dev/vdb rw"),
+            (
+                "root said",
+                "root=/dev/vdb rw",
+                "true",
+                Accelerator::Kvm,
+                "root=/dev/vdb rw",
+            ),
             ("no root", "a", "false", Accelerator::Kvm, "a"),
         ];
         for (why, given, root, accelerator, expected) in cases {
@@ -250,8 +333,22 @@ mod tests {
 
     #[test]
     fn the_vsock_daemon_gets_the_descriptions_socket() {
-        let vsock = Vsock { vsock_id: None, guest_cid: 3, uds_path: "/r/v.sock".into() };
+        let vsock = Vsock {
+            vsock_id: None,
+            guest_cid: 3,
+            uds_path: "/r/v.sock".into(),
+        };
         let program = vsock_daemon(Path::new("/bin/d"), &vsock, Path::new("/r/vhost.sock"));
-        assert_eq!(program.args, ["--guest-cid", "3", "--socket", "/r/vhost.sock", "--uds-path", "/r/v.sock"]);
+        assert_eq!(
+            program.args,
+            [
+                "--guest-cid",
+                "3",
+                "--socket",
+                "/r/vhost.sock",
+                "--uds-path",
+                "/r/v.sock"
+            ]
+        );
     }
 }

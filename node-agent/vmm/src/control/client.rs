@@ -69,13 +69,18 @@ impl Client {
 
     fn ask(&self, request: Request, limit: Duration) -> Result<Status, ControlError> {
         let failed = |source| stream_error(&self.socket, source);
-        let connect = |source| ControlError::Connect { socket: self.socket.clone(), source };
+        let connect = |source| ControlError::Connect {
+            socket: self.socket.clone(),
+            source,
+        };
         let mut stream = UnixStream::connect(&self.socket).map_err(connect)?;
         stream.set_read_timeout(Some(limit)).map_err(failed)?;
         stream.set_write_timeout(Some(ANSWER_LIMIT)).map_err(failed)?;
         stream.write_all(&request_line(request)).map_err(failed)?;
         let mut line = Vec::new();
-        BufReader::new(stream.take(MAX_ANSWER_BYTES)).read_until(b'\n', &mut line).map_err(failed)?;
+        BufReader::new(stream.take(MAX_ANSWER_BYTES))
+            .read_until(b'\n', &mut line)
+            .map_err(failed)?;
         read_answer(&line, &self.socket)
     }
 }

@@ -72,18 +72,27 @@ impl AsyncClient {
 
     async fn ask_soon(&self, request: Request) -> Result<Status, ControlError> {
         let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
-        timeout(ANSWER_LIMIT, self.ask(request))
-            .await
-            .unwrap_or_else(|_| Err(ControlError::Io { socket: self.socket.clone(), source: late() }))
+        timeout(ANSWER_LIMIT, self.ask(request)).await.unwrap_or_else(|_| {
+            Err(ControlError::Io {
+                socket: self.socket.clone(),
+                source: late(),
+            })
+        })
     }
 
     async fn ask(&self, request: Request) -> Result<Status, ControlError> {
         let failed = |source| stream_error(&self.socket, source);
-        let connect = |source| ControlError::Connect { socket: self.socket.clone(), source };
+        let connect = |source| ControlError::Connect {
+            socket: self.socket.clone(),
+            source,
+        };
         let mut stream = UnixStream::connect(&self.socket).await.map_err(connect)?;
         stream.write_all(&request_line(request)).await.map_err(failed)?;
         let mut line = Vec::new();
-        BufReader::new(stream.take(MAX_ANSWER_BYTES)).read_until(b'\n', &mut line).await.map_err(failed)?;
+        BufReader::new(stream.take(MAX_ANSWER_BYTES))
+            .read_until(b'\n', &mut line)
+            .await
+            .map_err(failed)?;
         read_answer(&line, &self.socket)
     }
 }

@@ -35,7 +35,10 @@ pub(crate) fn probe(qemu: &Finding, firecracker: &Finding) -> Finding {
         (None, Some(path)) => run_guest("Firecracker", |kernel| firecracker_command(path, kernel)),
         (None, None) => {
             let fix = "sudo apt-get install --no-install-recommends qemu-system-x86";
-            Finding::lack("/dev/kvm opens, but neither QEMU nor Firecracker is there to prove that it runs a guest", fix)
+            Finding::lack(
+                "/dev/kvm opens, but neither QEMU nor Firecracker is there to prove that it runs a guest",
+                fix,
+            )
         }
     }
 }
@@ -54,7 +57,10 @@ fn cannot_open(error: &io::Error) -> Finding {
             "/dev/kvm may not be opened by this user",
             "sudo usermod -aG kvm \"$USER\" and log in again",
         ),
-        _ => Finding { fix: None, ..Finding::lack(format!("/dev/kvm cannot be opened: {error}"), "") },
+        _ => Finding {
+            fix: None,
+            ..Finding::lack(format!("/dev/kvm cannot be opened: {error}"), "")
+        },
     }
 }
 
@@ -62,13 +68,22 @@ fn cannot_open(error: &io::Error) -> Finding {
 fn signs(cpuinfo: &str, is_pvm: bool) -> Option<Finding> {
     if is_pvm {
         let reason = "/dev/kvm is served by kvm_pvm, which runs no stock guest kernel";
-        return Some(Finding { fix: None, ..Finding::lack(reason, "") });
+        return Some(Finding {
+            fix: None,
+            ..Finding::lack(reason, "")
+        });
     }
     if !cfg!(target_arch = "x86_64") {
         let reason = "no proof that KVM runs a guest exists for this processor yet";
-        return Some(Finding { fix: None, ..Finding::lack(reason, "") });
+        return Some(Finding {
+            fix: None,
+            ..Finding::lack(reason, "")
+        });
     }
-    let flags = cpuinfo.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+    let flags = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("flags"))
+        .unwrap_or_default();
     if flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
         return None;
     }
@@ -81,8 +96,12 @@ fn run_guest(name: &str, command: impl Fn(&Path) -> io::Result<Command>) -> Find
     static PROBES: AtomicU32 = AtomicU32::new(0);
     let number = PROBES.fetch_add(1, Ordering::Relaxed);
     let folder = std::env::temp_dir().join(format!("far-kvm-probe-{}-{number}", std::process::id()));
-    let finding = run_guest_in(&folder, name, command).unwrap_or_else(|error| {
-        Finding { fix: None, ..Finding::lack(format!("the probe's guest could not be started with {name}: {error}"), "") }
+    let finding = run_guest_in(&folder, name, command).unwrap_or_else(|error| Finding {
+        fix: None,
+        ..Finding::lack(
+            format!("the probe's guest could not be started with {name}: {error}"),
+            "",
+        )
     });
     let _ = fs::remove_dir_all(&folder);
     finding
@@ -94,8 +113,14 @@ fn run_guest_in(folder: &Path, name: &str, command: impl Fn(&Path) -> io::Result
     let kernel = folder.join("guest");
     fs::write(&kernel, tiny_guest(GUEST_TEXT, Then::End))?;
     let ended = run_bounded(&mut command(&kernel)?, GUEST_LIMIT)?;
-    let printed = ended.output.windows(GUEST_TEXT.len() - 1).any(|bytes| bytes == &GUEST_TEXT[..GUEST_TEXT.len() - 1]);
-    let lack = |what: &str| Finding { fix: None, ..Finding::lack(format!("under {name} with KVM a tiny guest {what}"), "") };
+    let printed = ended
+        .output
+        .windows(GUEST_TEXT.len() - 1)
+        .any(|bytes| bytes == &GUEST_TEXT[..GUEST_TEXT.len() - 1]);
+    let lack = |what: &str| Finding {
+        fix: None,
+        ..Finding::lack(format!("under {name} with KVM a tiny guest {what}"), "")
+    };
     Ok(match (printed, ended.status) {
         (true, Some(status)) if status.success() => Finding::has(format!("a tiny guest ran under {name} with KVM")),
         (true, Some(status)) => lack(&format!("printed, but the VMM failed: {status}")),
@@ -112,8 +137,18 @@ fn qemu_command(qemu: &Path, kernel: &Path) -> io::Result<Command> {
 /// The tiny guest under QEMU's microvm machine.
 pub(crate) fn tiny_command(qemu: &Path, kernel: &Path, accel: &str, cpu: &str) -> Command {
     let mut command = Command::new(qemu);
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
-    command.args(["-M", "microvm", "-accel", accel, "-cpu", cpu, "-m", "32", "-kernel"]).arg(kernel);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ]);
+    command
+        .args(["-M", "microvm", "-accel", accel, "-cpu", cpu, "-m", "32", "-kernel"])
+        .arg(kernel);
     command
 }
 
@@ -138,7 +173,12 @@ mod tests {
     fn signs_against_kvm_are_told_with_their_reason() {
         let cases = [
             ("PVM", "flags\t\t: fpu vmx\n", true, Some("kvm_pvm")),
-            ("no flag", "flags\t\t: fpu hypervisor vmx2\n", false, Some("neither vmx nor svm")),
+            (
+                "no flag",
+                "flags\t\t: fpu hypervisor vmx2\n",
+                false,
+                Some("neither vmx nor svm"),
+            ),
             ("Intel", "flags\t\t: fpu vmx\n", false, None),
             ("AMD", "flags\t\t: svm\n", false, None),
             ("empty", "", false, Some("neither")),
@@ -155,7 +195,9 @@ mod tests {
     #[test]
     fn the_probes_guest_prints_and_ends_where_guests_run_at_all() {
         let Some(qemu) = super::super::Tools::default().find_qemu() else {
-            eprintln!("SKIPPED the_probes_guest_prints_and_ends_where_guests_run_at_all: qemu-system-x86_64 is missing");
+            eprintln!(
+                "SKIPPED the_probes_guest_prints_and_ends_where_guests_run_at_all: qemu-system-x86_64 is missing"
+            );
             return;
         };
         let finding = run_guest("QEMU", |kernel| Ok(tiny_command(&qemu, kernel, "tcg", "max")));

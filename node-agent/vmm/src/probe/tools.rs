@@ -19,13 +19,20 @@ impl Tools {
     /// QEMU's path.
     pub(crate) fn find_qemu(&self) -> Option<PathBuf> {
         let name = format!("qemu-system-{}", env::consts::ARCH);
-        self.qemu.clone().or_else(|| named_by("FAR_QEMU")).or_else(|| on_path(&name))
+        self.qemu
+            .clone()
+            .or_else(|| named_by("FAR_QEMU"))
+            .or_else(|| on_path(&name))
     }
 
     /// The vsock daemon's path.
     pub(crate) fn find_vhost_device_vsock(&self) -> Option<PathBuf> {
         const NAME: &str = "vhost-device-vsock";
-        let in_cache = || cache_folder().map(|cache| cache.join("vhost/bin").join(NAME)).filter(|path| is_program(path));
+        let in_cache = || {
+            cache_folder()
+                .map(|cache| cache.join("vhost/bin").join(NAME))
+                .filter(|path| is_program(path))
+        };
         self.vhost_device_vsock
             .clone()
             .or_else(|| named_by("FAR_VHOST_DEVICE_VSOCK"))
@@ -35,7 +42,10 @@ impl Tools {
 
     /// Firecracker's path.
     pub(crate) fn find_firecracker(&self) -> Option<PathBuf> {
-        self.firecracker.clone().or_else(|| named_by("FIRECRACKER_BIN")).or_else(|| on_path("firecracker"))
+        self.firecracker
+            .clone()
+            .or_else(|| named_by("FIRECRACKER_BIN"))
+            .or_else(|| on_path("firecracker"))
     }
 }
 
@@ -61,7 +71,10 @@ pub(crate) fn vhost_device_vsock(tools: &Tools) -> Finding {
     let fix = "cargo install vhost-device-vsock --locked --root ~/.cache/far/vhost";
     match tools.find_vhost_device_vsock() {
         Some(path) => version_of(path, fix),
-        None => Finding::lack("vhost-device-vsock is neither on PATH nor in the cache's vhost/bin", fix),
+        None => Finding::lack(
+            "vhost-device-vsock is neither on PATH nor in the cache's vhost/bin",
+            fix,
+        ),
     }
 }
 
@@ -78,7 +91,10 @@ fn version_of(path: PathBuf, fix: &str) -> Finding {
         Ok(ended) => ended,
         Err(error) => {
             let reason = format!("{} cannot be run: {error}", path.display());
-            return Finding { path: Some(path), ..Finding::lack(reason, fix) };
+            return Finding {
+                path: Some(path),
+                ..Finding::lack(reason, fix)
+            };
         }
     };
     let text = String::from_utf8_lossy(&ended.output).into_owned();
@@ -89,11 +105,18 @@ fn version_of(path: PathBuf, fix: &str) -> Finding {
     match version {
         Some(version) if ended.status.is_some_and(|status| status.success()) => {
             let reason = format!("{} {version}", path.display());
-            Finding { path: Some(path), version: Some(version), ..Finding::has(reason) }
+            Finding {
+                path: Some(path),
+                version: Some(version),
+                ..Finding::has(reason)
+            }
         }
         _ => {
             let reason = format!("{} --version failed or named no version", path.display());
-            Finding { path: Some(path), ..Finding::lack(reason, fix) }
+            Finding {
+                path: Some(path),
+                ..Finding::lack(reason, fix)
+            }
         }
     }
 }
@@ -104,11 +127,15 @@ fn major_minor(version: &str) -> Option<(u32, u32)> {
 }
 
 fn named_by(variable: &str) -> Option<PathBuf> {
-    env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+    env::var_os(variable)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
 }
 
 fn on_path(name: &str) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| is_program(path))
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|path| is_program(path))
 }
 
 /// `FAR_CACHE`, else `~/.cache/far`.
@@ -117,7 +144,8 @@ fn cache_folder() -> Option<PathBuf> {
 }
 
 fn is_program(path: &Path) -> bool {
-    path.metadata().is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+    path.metadata()
+        .is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
 }
 
 #[cfg(test)]
@@ -126,7 +154,12 @@ mod tests {
 
     #[test]
     fn versions_compare_by_number() {
-        for (text, expected) in [("7.2.22", Some((7, 2))), ("10.0.2", Some((10, 0))), ("x", None), ("7", None)] {
+        for (text, expected) in [
+            ("7.2.22", Some((7, 2))),
+            ("10.0.2", Some((10, 0))),
+            ("x", None),
+            ("7", None),
+        ] {
             assert_eq!(major_minor(text), expected, "{text}");
         }
         assert!(major_minor("10.0.2") > Some(OLDEST_QEMU));
@@ -134,14 +167,23 @@ mod tests {
 
     #[test]
     fn a_named_binary_that_does_not_exist_is_a_lack_that_names_it() {
-        let tools = Tools { qemu: Some("/nonexistent/qemu".into()), ..Tools::default() };
+        let tools = Tools {
+            qemu: Some("/nonexistent/qemu".into()),
+            ..Tools::default()
+        };
         let finding = qemu(&tools);
-        assert!(!finding.ok && finding.reason.contains("/nonexistent/qemu") && finding.fix.is_some(), "{finding:?}");
+        assert!(
+            !finding.ok && finding.reason.contains("/nonexistent/qemu") && finding.fix.is_some(),
+            "{finding:?}"
+        );
     }
 
     #[test]
     fn a_program_that_is_no_qemu_is_a_lack() {
-        let tools = Tools { qemu: Some("/bin/false".into()), ..Tools::default() };
+        let tools = Tools {
+            qemu: Some("/bin/false".into()),
+            ..Tools::default()
+        };
         assert!(!qemu(&tools).ok);
     }
 }

@@ -27,7 +27,9 @@ fn measure_once() -> Option<u64> {
     let _ = poll(&mut [], PollTimeout::from(10_u8));
     let (last_tick, last_time) = read_pair();
     let nanos = u64::try_from(last_time.duration_since(first_time).as_nanos()).ok()?;
-    (last_tick.saturating_sub(first_tick)).checked_mul(1_000_000)?.checked_div(nanos)
+    (last_tick.saturating_sub(first_tick))
+        .checked_mul(1_000_000)?
+        .checked_div(nanos)
 }
 
 /// Counter and clock at the same moment: of eight tries the one with the least time between.
@@ -37,9 +39,16 @@ fn read_pair() -> (u64, std::time::Instant) {
         let before = crate::sys::time_stamp_counter();
         let now = std::time::Instant::now();
         let after = crate::sys::time_stamp_counter();
-        (after.wrapping_sub(before), before.wrapping_add(after.wrapping_sub(before) / 2), now)
+        (
+            after.wrapping_sub(before),
+            before.wrapping_add(after.wrapping_sub(before) / 2),
+            now,
+        )
     };
-    let best = (0..8).map(try_once).min_by_key(|&(gap, _, _)| gap).expect("eight is more than none");
+    let best = (0..8)
+        .map(try_once)
+        .min_by_key(|&(gap, _, _)| gap)
+        .expect("eight is more than none");
     (best.1, best.2)
 }
 

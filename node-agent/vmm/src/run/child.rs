@@ -71,15 +71,25 @@ impl Process {
     pub(crate) fn spawn(program: &Program, folder: &std::path::Path, netns: Option<File>) -> io::Result<Self> {
         let mut command = Command::new(&program.path);
         command.args(&program.args).current_dir(folder);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         // Tools may print more than the pipes' readers want, in the user's language, with the user's proxies: none of it
         // concerns a VMM.
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("RUST_LOG", "warn");
+        command
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("RUST_LOG", "warn");
         sys::tie_to_this_process(&mut command, netns);
         let mut child = command.spawn()?;
         let stdout = child.stdout.take().expect("standard output was asked to be a pipe");
         let stderr = child.stderr.take().expect("standard error was asked to be a pipe");
-        Ok(Self { child, stdout: Pipe::new(stdout)?, stderr: Pipe::new(stderr)? })
+        Ok(Self {
+            child,
+            stdout: Pipe::new(stdout)?,
+            stderr: Pipe::new(stderr)?,
+        })
     }
 
     pub(crate) fn pid(&self) -> i32 {

@@ -61,19 +61,29 @@ pub(crate) struct VmFolder {
 
 impl VmFolder {
     pub(crate) fn lock(config_file: &Path) -> Result<Self, FolderError> {
-        let at = |source| FolderError::Open { path: config_file.to_owned(), source };
+        let at = |source| FolderError::Open {
+            path: config_file.to_owned(),
+            source,
+        };
         let config = config_file.canonicalize().map_err(at)?;
         let (Some(path), Some(name)) = (config.parent(), config.file_name()) else {
             return Err(at(io::Error::from(io::ErrorKind::InvalidInput)));
         };
         let file = File::open(path).map_err(at)?;
         let data = file.metadata().map_err(at)?;
-        let taken = || FolderError::Taken { folder: path.to_owned() };
+        let taken = || FolderError::Taken {
+            folder: path.to_owned(),
+        };
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
             nix::errno::Errno::EWOULDBLOCK => taken(),
             other => at(other.into()),
         })?;
-        Ok(Self { path: path.to_owned(), config_name: name.into(), lock, identity: (data.dev(), data.ino()) })
+        Ok(Self {
+            path: path.to_owned(),
+            config_name: name.into(),
+            lock,
+            identity: (data.dev(), data.ino()),
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -87,10 +97,15 @@ impl VmFolder {
     pub(crate) fn refuse_second_boot(&self, exit_file: &Path) -> Result<(), FolderError> {
         let marker = self.path.join(BOOT_MARKER);
         let exists = |path: &Path| {
-            path.try_exists().map_err(|source| FolderError::Look { path: path.to_owned(), source })
+            path.try_exists().map_err(|source| FolderError::Look {
+                path: path.to_owned(),
+                source,
+            })
         };
         if exists(exit_file)? {
-            return Err(FolderError::Ended { exit_file: exit_file.to_owned() });
+            return Err(FolderError::Ended {
+                exit_file: exit_file.to_owned(),
+            });
         }
         if exists(&marker)? {
             return Err(FolderError::Booted { marker });

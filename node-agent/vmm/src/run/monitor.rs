@@ -40,6 +40,13 @@ const CONSOLE_SHARE: usize = 256 * 1024;
 /// Bytes of the processes' messages that are kept.
 const MESSAGES_BYTES: usize = 4096;
 
+/// Writes a line to standard error; a reader that is gone must not end the VM, as `eprintln!` would.
+macro_rules! tell {
+    ($($words:tt)*) => {
+        { use std::io::Write; let _ = writeln!(std::io::stderr(), $($words)*); }
+    };
+}
+
 /// The VMM's process.
 #[derive(Debug)]
 pub(crate) struct Vmm {
@@ -88,13 +95,20 @@ impl Monitor {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
             set.add(signal);
         }
-        set.thread_block().map_err(io::Error::from).map_err(setup("blocking signals".into()))?;
+        set.thread_block()
+            .map_err(io::Error::from)
+            .map_err(setup("blocking signals".into()))?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC);
-        let signals = signals.map_err(io::Error::from).map_err(setup("listening for signals".into()))?;
+        let signals = signals
+            .map_err(io::Error::from)
+            .map_err(setup("listening for signals".into()))?;
         let control = &settings.control_socket;
         let listening = setup(format!("listening on the control socket {}", control.display()));
         let server = Server::listen(control).map_err(listening)?;
-        let console = setup(format!("creating the console's file {}", settings.console_file.display()));
+        let console = setup(format!(
+            "creating the console's file {}",
+            settings.console_file.display()
+        ));
         let console =
             Console::create(&settings.console_file, settings.console_max_bytes, CONSOLE_TAIL_BYTES).map_err(console)?;
         Ok(Self {
@@ -131,7 +145,11 @@ impl Monitor {
     pub(crate) fn last_words(&self) -> String {
         let text = self.messages.text();
         let last = text.lines().map(str::trim).rfind(|line| !line.is_empty());
-        last.unwrap_or("it said nothing").chars().filter(|c| !c.is_control()).take(512).collect()
+        last.unwrap_or("it said nothing")
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(512)
+            .collect()
     }
 
     /// Until the VMM has ended; its record.
@@ -145,7 +163,8 @@ impl Monitor {
             {
                 self.drain();
                 let words = self.last_words();
-                self.messages.push(format!("\nthe vsock daemon ended ({}): {words}\n", describe(status)).as_bytes());
+                self.messages
+                    .push(format!("\nthe vsock daemon ended ({}): {words}\n", describe(status)).as_bytes());
                 self.kill(Asked::VsockLost);
             }
             self.turn(FOLDER_LOOK);
@@ -177,16 +196,31 @@ impl Monitor {
     }
 
     fn wait(&self, limit: Duration) -> Vec<Source> {
-        let mut fds = vec![(Source::Signals, self.signals.as_fd()), (Source::Listener, self.server.listener_fd())];
+        let mut fds = vec![
+            (Source::Signals, self.signals.as_fd()),
+            (Source::Listener, self.server.listener_fd()),
+        ];
         fds.extend(self.server.client_fds().map(|(place, fd)| (Source::Client(place), fd)));
         if let Some(Vmm { process }) = &self.vmm {
-            fds.extend([process.stdout.fd(), process.stderr.fd()].into_iter().flatten().map(|fd| (Source::Vmm, fd)));
+            fds.extend(
+                [process.stdout.fd(), process.stderr.fd()]
+                    .into_iter()
+                    .flatten()
+                    .map(|fd| (Source::Vmm, fd)),
+            );
         }
         if let Some(process) = &self.vsock {
-            fds.extend([process.stdout.fd(), process.stderr.fd()].into_iter().flatten().map(|fd| (Source::Vsock, fd)));
+            fds.extend(
+                [process.stdout.fd(), process.stderr.fd()]
+                    .into_iter()
+                    .flatten()
+                    .map(|fd| (Source::Vsock, fd)),
+            );
         }
         let mut polled: Vec<PollFd> = fds.iter().map(|&(_, fd)| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let until_kill = self.kill_at.map_or(limit, |at| at.saturating_duration_since(Instant::now()));
+        let until_kill = self
+            .kill_at
+            .map_or(limit, |at| at.saturating_duration_since(Instant::now()));
         // Rounded up: a wait of 0.4 ms must not become a loop of waits of 0 ms.
         let limit = limit.min(until_kill) + Duration::from_micros(999);
         let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
@@ -194,7 +228,12 @@ impl Monitor {
             return Vec::new(); // EINTR: the caller's loop comes again
         }
         let woken = |fd: &PollFd| fd.revents().is_some_and(|events| !events.is_empty());
-        polled.iter().zip(&fds).filter(|(fd, _)| woken(fd)).map(|(_, &(source, _))| source).collect()
+        polled
+            .iter()
+            .zip(&fds)
+            .filter(|(fd, _)| woken(fd))
+            .map(|(_, &(source, _))| source)
+            .collect()
     }
 
     fn read_signals(&mut self) {
@@ -281,7 +320,11 @@ impl Monitor {
             vsock_pid: self.vsock.as_ref().map(Process::pid),
             backend: self.backend.clone(),
             accel: self.accel.clone(),
-            netns: self.settings.netns.as_ref().map_or("none".into(), |path| path.display().to_string()),
+            netns: self
+                .settings
+                .netns
+                .as_ref()
+                .map_or("none".into(), |path| path.display().to_string()),
             limits: "no cgroup: none is delegated to far-vmm; no core dumps".into(),
             console_bytes: self.console.total(),
             exit: self.ended.clone(),
@@ -299,14 +342,22 @@ impl Monitor {
             (None, None) if status.success() => "the VMM ended by itself: the guest reset or powered off".into(),
             (None, None) => format!("the VMM ended with {}: {words}", describe(status)),
         };
-        let cause = if status.code().is_some() { ExitCause::Exited } else { ExitCause::Signaled };
-        ExitRecord { code: status.code(), signal: status.signal(), ..self.record(cause, message) }
+        let cause = if status.code().is_some() {
+            ExitCause::Exited
+        } else {
+            ExitCause::Signaled
+        };
+        ExitRecord {
+            code: status.code(),
+            signal: status.signal(),
+            ..self.record(cause, message)
+        }
     }
 
     pub(crate) fn start_failed(&mut self, error: &StartError) -> ExitRecord {
         self.drain();
         let text = chain(error);
-        eprintln!("far-vmm {}: {text}", self.job.vm_id);
+        tell!("far-vmm {}: {text}", self.job.vm_id);
         self.record(ExitCause::StartFailed, text)
     }
 
@@ -331,13 +382,13 @@ impl Monitor {
     /// Writes the record, tells those who wait, and stays until released, told to go by a signal, or without folder.
     pub(crate) fn end(mut self, record: ExitRecord) {
         if let Some(error) = self.console.broken() {
-            eprintln!("far-vmm {}: writing the console: {error}", self.job.vm_id);
+            tell!("far-vmm {}: writing the console: {error}", self.job.vm_id);
         }
         if self.folder.is_there()
             && let Err(error) = record.write(&self.settings.exit_file)
         {
             let path = self.settings.exit_file.display();
-            eprintln!("far-vmm {}: writing the exit record {path}: {error}", self.job.vm_id);
+            tell!("far-vmm {}: writing the exit record {path}: {error}", self.job.vm_id);
         }
         self.ended = Some(record);
         self.server.answer_waiting(&self.status());
@@ -345,7 +396,10 @@ impl Monitor {
             self.turn(FOLDER_LOOK);
         }
         // Where the folder is another one by now, the names may already be those of another VM.
-        let sockets = self.sockets.iter().filter(|path| self.folder.is_there() || !path.starts_with(self.folder.path()));
+        let sockets = self
+            .sockets
+            .iter()
+            .filter(|path| self.folder.is_there() || !path.starts_with(self.folder.path()));
         for socket in sockets {
             let _ = remove_socket(socket);
         }
@@ -357,6 +411,8 @@ impl Monitor {
 
 /// CPU time of all processes that were reaped: the VMM, the vsock daemon and a probe's guest.
 fn children_cpu_us() -> u64 {
-    let Ok(usage) = getrusage(UsageWho::RUSAGE_CHILDREN) else { return 0 };
+    let Ok(usage) = getrusage(UsageWho::RUSAGE_CHILDREN) else {
+        return 0;
+    };
     u64::try_from(usage.user_time().num_microseconds() + usage.system_time().num_microseconds()).unwrap_or(0)
 }

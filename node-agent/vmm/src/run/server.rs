@@ -1,6 +1,6 @@
 //! far-vmm's side of the control socket: a bounded number of connections, one request each, never blocking.
 
-use crate::control::{Answer, MAX_REQUEST_BYTES, Request, Status};
+use crate::control::{Answer, MAX_REQUEST_BYTES, Request, RequestLine, Status};
 use std::{
     fs, io,
     io::{Read, Write},
@@ -40,7 +40,11 @@ impl Server {
         remove_socket(path)?;
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { path: path.to_owned(), listener, clients: Vec::new() })
+        Ok(Self {
+            path: path.to_owned(),
+            listener,
+            clients: Vec::new(),
+        })
     }
 
     pub(crate) fn listener_fd(&self) -> BorrowedFd<'_> {
@@ -48,7 +52,10 @@ impl Server {
     }
 
     pub(crate) fn client_fds(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
-        self.clients.iter().enumerate().filter_map(|(place, client)| Some((place, client.as_ref()?.stream.as_fd())))
+        self.clients
+            .iter()
+            .enumerate()
+            .filter_map(|(place, client)| Some((place, client.as_ref()?.stream.as_fd())))
     }
 
     pub(crate) fn accept(&mut self) {
@@ -56,7 +63,11 @@ impl Server {
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let client = Client { stream, input: Vec::new(), waits: false };
+            let client = Client {
+                stream,
+                input: Vec::new(),
+                waits: false,
+            };
             match self.free_place() {
                 Some(place) => self.clients[place] = Some(client),
                 None => reply(client, &Answer::Error("busy: too many connections".into())),
@@ -73,7 +84,9 @@ impl Server {
             self.clients.push(None);
             return Some(self.clients.len() - 1);
         }
-        self.clients.iter().position(|client| client.as_ref().is_some_and(|client| !client.waits))
+        self.clients
+            .iter()
+            .position(|client| client.as_ref().is_some_and(|client| !client.waits))
     }
 
     /// Reads from a connection; a whole request is returned, everything else is dealt with here.
@@ -86,7 +99,9 @@ impl Server {
                 return None;
             }
             Ok(count) => client.input.extend(&buffer[..count]),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return None,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return None;
+            }
             Err(_) => {
                 self.clients[place] = None;
                 return None;
@@ -100,10 +115,10 @@ impl Server {
         let request = match end {
             None if client.input.len() <= MAX_REQUEST_BYTES => return None,
             None => Err(format!("a request has at most {MAX_REQUEST_BYTES} bytes")),
-            Some(end) => serde_json::from_slice::<Request>(&client.input[..end]).map_err(|error| error.to_string()),
+            Some(end) => serde_json::from_slice::<RequestLine>(&client.input[..end]).map_err(|error| error.to_string()),
         };
         match request {
-            Ok(request) => Some(request),
+            Ok(RequestLine { op }) => Some(op),
             Err(message) => {
                 self.answer(place, &Answer::Error(message));
                 None
@@ -126,7 +141,11 @@ impl Server {
     }
 
     pub(crate) fn answer_waiting(&mut self, status: &Status) {
-        for client in self.clients.iter_mut().filter_map(|client| client.take_if(|client| client.waits)) {
+        for client in self
+            .clients
+            .iter_mut()
+            .filter_map(|client| client.take_if(|client| client.waits))
+        {
             reply(client, &Answer::Status(Box::new(status.clone())));
         }
     }
@@ -150,9 +169,10 @@ pub(crate) fn remove_socket(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
-        Ok(data) if !data.file_type().is_socket() => {
-            Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("{} exists and is no socket", path.display())))
-        }
+        Ok(data) if !data.file_type().is_socket() => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("{} exists and is no socket", path.display()),
+        )),
         Ok(_) => match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),

@@ -1,6 +1,10 @@
 //! From the description to running processes.
 
-use super::{child::{Process, describe}, monitor::{Monitor, Vmm}, server::remove_socket};
+use super::{
+    child::{Process, describe},
+    monitor::{Monitor, Vmm},
+    server::remove_socket,
+};
 use crate::{
     additions::{Accel, Backend},
     backend::{
@@ -28,7 +32,11 @@ pub(crate) enum StartError {
     #[error("the VM's description cannot be used")]
     Config(#[source] ConfigError),
     #[error("field {field}: {path} cannot be opened")]
-    File { field: String, path: PathBuf, source: io::Error },
+    File {
+        field: String,
+        path: PathBuf,
+        source: io::Error,
+    },
     #[error("{program} is not installed; {fix}")]
     Missing { program: &'static str, fix: &'static str },
     #[error("the qemu backend has no API: start far-vmm without --api-sock")]
@@ -44,7 +52,10 @@ pub(crate) enum StartError {
 }
 
 fn at<T>(operation: impl FnOnce() -> String, result: io::Result<T>) -> Result<T, StartError> {
-    result.map_err(|source| StartError::Io { operation: operation(), source })
+    result.map_err(|source| StartError::Io {
+        operation: operation(),
+        source,
+    })
 }
 
 /// Starts everything; on an error, what was started ends when the monitor drops it.
@@ -56,10 +67,16 @@ pub(crate) fn start(monitor: &mut Monitor) -> Result<(), StartError> {
     let chosen = choose(monitor)?;
     (monitor.backend, monitor.accel) = (chosen.backend().into(), chosen.why().into());
     if let Some(vsock) = &config.vsock {
-        at(|| "removing the vsock socket of an earlier run".into(), remove_socket(&vsock.uds_path))?;
+        at(
+            || "removing the vsock socket of an earlier run".into(),
+            remove_socket(&vsock.uds_path),
+        )?;
         monitor.sockets.push(vsock.uds_path.clone());
     }
-    at(|| "writing the marker of this boot".into(), monitor.folder.mark_booted())?;
+    at(
+        || "writing the marker of this boot".into(),
+        monitor.folder.mark_booted(),
+    )?;
     let program = match &chosen {
         Chosen::Firecracker { path, .. } => firecracker_program(monitor, path),
         Chosen::Qemu { path, accelerator, .. } => {
@@ -80,8 +97,15 @@ pub(crate) fn start(monitor: &mut Monitor) -> Result<(), StartError> {
 
 /// Which VMM, and how it runs guest code.
 enum Chosen {
-    Qemu { path: PathBuf, accelerator: Accelerator, why: String },
-    Firecracker { path: PathBuf, why: String },
+    Qemu {
+        path: PathBuf,
+        accelerator: Accelerator,
+        why: String,
+    },
+    Firecracker {
+        path: PathBuf,
+        why: String,
+    },
 }
 
 impl Chosen {
@@ -108,7 +132,10 @@ fn choose(monitor: &Monitor) -> Result<Chosen, StartError> {
             Accel::Tcg => (false, "tcg: asked for".into()),
             Accel::Auto => {
                 let finding = probe::run_kvm(&settings.tools);
-                (finding.ok, format!("{}: {}", if finding.ok { "kvm" } else { "tcg" }, finding.reason))
+                (
+                    finding.ok,
+                    format!("{}: {}", if finding.ok { "kvm" } else { "tcg" }, finding.reason),
+                )
             }
         }
     };
@@ -121,18 +148,29 @@ fn choose(monitor: &Monitor) -> Result<Chosen, StartError> {
         }
     };
     if wants_firecracker {
-        let missing = StartError::Missing { program: "firecracker", fix: "set FIRECRACKER_BIN to its binary" };
-        return Ok(Chosen::Firecracker { path: firecracker.ok_or(missing)?, why });
+        let missing = StartError::Missing {
+            program: "firecracker",
+            fix: "set FIRECRACKER_BIN to its binary",
+        };
+        return Ok(Chosen::Firecracker {
+            path: firecracker.ok_or(missing)?,
+            why,
+        });
     }
     if monitor.job.api_sock.is_some() {
         return Err(StartError::NoApi);
     }
     let fix = "sudo apt-get install --no-install-recommends qemu-system-x86";
-    let path = settings.tools.find_qemu().ok_or(StartError::Missing { program: "QEMU", fix })?;
+    let path = settings
+        .tools
+        .find_qemu()
+        .ok_or(StartError::Missing { program: "QEMU", fix })?;
     let accelerator = if has_kvm {
         Accelerator::Kvm
     } else {
-        Accelerator::Tcg { tsc_khz: settings.tsc_khz.or_else(probe::measure_khz) }
+        Accelerator::Tcg {
+            tsc_khz: settings.tsc_khz.or_else(probe::measure_khz),
+        }
     };
     Ok(Chosen::Qemu { path, accelerator, why })
 }
@@ -160,10 +198,16 @@ fn qemu_program(monitor: &Monitor, path: &Path, config: &VmConfig, accelerator: 
 
 fn start_vsock(monitor: &mut Monitor, vsock: &Vsock) -> Result<(), StartError> {
     let fix = "cargo install vhost-device-vsock --locked --root ~/.cache/far/vhost";
-    let missing = StartError::Missing { program: "vhost-device-vsock", fix };
+    let missing = StartError::Missing {
+        program: "vhost-device-vsock",
+        fix,
+    };
     let daemon = monitor.settings.tools.find_vhost_device_vsock().ok_or(missing)?;
     let socket = monitor.settings.vhost_socket.clone();
-    at(|| "removing the vsock daemon's socket of an earlier run".into(), remove_socket(&socket))?;
+    at(
+        || "removing the vsock daemon's socket of an earlier run".into(),
+        remove_socket(&socket),
+    )?;
     monitor.sockets.push(socket.clone());
     let program = qemu::vsock_daemon(&daemon, vsock, &socket);
     let process = Process::spawn(&program, monitor.folder.path(), None);
@@ -176,7 +220,10 @@ fn start_vsock(monitor: &mut Monitor, vsock: &Vsock) -> Result<(), StartError> {
             return Err(StartError::BrokenOff);
         }
         if let Some(status) = monitor.vsock.as_mut().and_then(Process::ended) {
-            return Err(StartError::VsockEnded { how: describe(status), words: monitor.last_words() });
+            return Err(StartError::VsockEnded {
+                how: describe(status),
+                words: monitor.last_words(),
+            });
         }
         if Instant::now() >= deadline {
             return Err(StartError::VsockSilent { socket });
@@ -188,7 +235,9 @@ fn start_vsock(monitor: &mut Monitor, vsock: &Vsock) -> Result<(), StartError> {
 /// True once somebody listens on `socket`: the file appears with bind(2), but a connection is taken only after
 /// listen(2). /proc/net/unix shows that as flag 0x10000 (`__SO_ACCEPTCON`, proc_net(5)); where it cannot be read, the file counts.
 fn is_listening(socket: &Path) -> bool {
-    let Ok(table) = fs::read_to_string("/proc/net/unix") else { return socket.exists() };
+    let Ok(table) = fs::read_to_string("/proc/net/unix") else {
+        return socket.exists();
+    };
     let path = socket.to_string_lossy();
     table.lines().any(|line| {
         line.split_whitespace().nth(3) == Some("00010000") && line.ends_with(path.as_ref()) && {
@@ -215,20 +264,36 @@ fn make_absolute(config: &mut VmConfig, folder: &Path) {
 fn open_files(config: &VmConfig) -> Result<(), StartError> {
     let open = |field: String, path: &Path, write: bool| {
         let opened = fs::OpenOptions::new().read(true).write(write).open(path);
-        opened.map(drop).map_err(|source| StartError::File { field, path: path.to_owned(), source })
+        opened.map(drop).map_err(|source| StartError::File {
+            field,
+            path: path.to_owned(),
+            source,
+        })
     };
-    open("boot-source.kernel_image_path".into(), &config.boot_source.kernel_image_path, false)?;
+    open(
+        "boot-source.kernel_image_path".into(),
+        &config.boot_source.kernel_image_path,
+        false,
+    )?;
     if let Some(initrd) = &config.boot_source.initrd_path {
         open("boot-source.initrd_path".into(), initrd, false)?;
     }
     for (index, drive) in config.drives.iter().enumerate() {
-        open(format!("drives[{index}].path_on_host"), &drive.path_on_host, !drive.is_read_only)?;
+        open(
+            format!("drives[{index}].path_on_host"),
+            &drive.path_on_host,
+            !drive.is_read_only,
+        )?;
     }
     Ok(())
 }
 
 fn open_netns(path: &Path) -> Result<File, StartError> {
-    File::open(path).map_err(|source| StartError::File { field: "netns".into(), path: path.to_owned(), source })
+    File::open(path).map_err(|source| StartError::File {
+        field: "netns".into(),
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

@@ -15,8 +15,10 @@ use nix::{
 };
 use serde_json::Value;
 use std::{
-    fs, io::Read,
-    path::PathBuf,
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::OnceLock,
     time::{Duration, Instant},
@@ -29,18 +31,22 @@ pub(crate) const CONSOLE_MAX: u64 = 64 * 1024;
 
 /// The tools of a VM, or a line that says what is missing.
 pub(crate) fn qemu_or_skip(test: &str) -> Option<Tools> {
-    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    static FOUND: OnceLock<Result<Tools, String>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
         let found = probe::run(&ProbeOptions::default());
-        for finding in [found.qemu, found.vhost_device_vsock] {
+        for finding in [&found.qemu, &found.vhost_device_vsock] {
             if !finding.ok {
-                return Err(finding.reason);
+                return Err(finding.reason.clone());
             }
         }
-        Ok(())
+        Ok(Tools {
+            qemu: found.qemu.path,
+            vhost_device_vsock: found.vhost_device_vsock.path,
+            firecracker: None,
+        })
     });
     match found {
-        Ok(()) => Some(Tools::default()),
+        Ok(tools) => Some(tools.clone()),
         Err(missing) => {
             eprintln!("SKIPPED {test}: {missing}");
             None
@@ -64,7 +70,7 @@ impl Vm {
     }
 
     pub(crate) fn boot_with(
-        _tools: &Tools,
+        tools: &Tools,
         text: &[u8],
         then: Then,
         change: impl FnOnce(&mut Value),
@@ -86,6 +92,8 @@ impl Vm {
             backend: Backend::Qemu,
             accel: Accel::Tcg,
             console_max_bytes: Some(CONSOLE_MAX),
+            qemu: tools.qemu.clone(),
+            vhost_device_vsock: tools.vhost_device_vsock.clone(),
             ..Additions::default()
         };
         add(&mut additions);
@@ -105,7 +113,9 @@ impl Vm {
 
     /// The VM's record as far-vmm tells it. Also proves that the record was written before.
     pub(crate) fn wait_ended(&self) -> ExitRecord {
-        wait_for("the control socket", || self.client().status().map(drop).map_err(|error| error.to_string()));
+        wait_for("the control socket", || {
+            self.client().status().map(drop).map_err(|error| error.to_string())
+        });
         let status = self.client().wait(LIMIT).unwrap();
         assert_eq!(status.state, State::Ended);
         status.exit.unwrap()
@@ -145,16 +155,27 @@ impl Vm {
     /// The code far-vmm ended with.
     pub(crate) fn wait_far_vmm(&mut self) -> Option<i32> {
         let child = &mut self.far_vmm;
-        wait_for("far-vmm to end", || child.try_wait().unwrap().ok_or_else(|| "it runs".into())).code()
+        wait_for("far-vmm to end", || {
+            child.try_wait().unwrap().ok_or_else(|| "it runs".into())
+        })
+        .code()
     }
 
-    /// Starts far-vmm once more on the same folder; it must end by itself.
+    /// Starts far-vmm once more on the same folder, after the first has ended; it must end by itself.
     pub(crate) fn run_again(&mut self) -> (Option<i32>, String) {
-        self.far_vmm = command(&self.folder).stderr(Stdio::piped()).spawn().unwrap();
-        let code = self.wait_far_vmm();
+        self.kill_far_vmm();
+        self.second_far_vmm()
+    }
+
+    /// Starts a second far-vmm on the same folder; it must end by itself.
+    pub(crate) fn second_far_vmm(&self) -> (Option<i32>, String) {
+        let mut child = command(&self.folder).stderr(Stdio::piped()).spawn().unwrap();
+        let status = wait_for("the second far-vmm to end", || {
+            child.try_wait().unwrap().ok_or_else(|| "it runs".into())
+        });
         let mut stderr = String::new();
-        self.far_vmm.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-        (code, stderr)
+        child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+        (status.code(), stderr)
     }
 }
 
@@ -167,36 +188,21 @@ impl Drop for Vm {
 
 fn command(folder: &tempfile::TempDir) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_far-vmm"));
-    command.args(["--id", "fa-3f1c0a9b77de-1", "--no-api", "--config-file"]).arg(folder.path().join("vm.json"));
+    command
+        .args(["--id", "fa-3f1c0a9b77de-1", "--no-api", "--config-file"])
+        .arg(folder.path().join("vm.json"));
     command.stdin(Stdio::null());
     command
 }
 
-/// A process in a network namespace made for it.
-pub(crate) struct Sleeper(Child);
-
-impl Sleeper {
-    pub(crate) fn in_own_netns() -> Self {
-        let child = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
-        let own = fs::read_link("/proc/self/ns/net").unwrap();
-        let theirs = format!("/proc/{}/ns/net", child.id());
-        wait_for("the namespace", || match fs::read_link(&theirs) {
-            Ok(link) if link != own => Ok(()),
-            other => Err(format!("{other:?}")),
-        });
-        Self(child)
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.0.id()
-    }
-}
-
-impl Drop for Sleeper {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// What the control socket answers to these bytes; nothing, if it closes the connection before they are all written.
+pub(crate) fn ask(socket: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let _ = stream.write_all(request.as_bytes());
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    answer
 }
 
 /// Kills a process of a VM of this test, whose number its status told.
@@ -208,13 +214,20 @@ pub(crate) fn kill(pid: i32) {
 pub(crate) fn wait_gone(pids: &[i32]) {
     wait_for("the processes to be gone", || {
         let left: Vec<_> = pids.iter().filter(|pid| is_alive(**pid)).collect();
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
     });
 }
 
 fn is_alive(pid: i32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// Waits until `look` gives a value; panics with its last refusal after [`LIMIT`].
