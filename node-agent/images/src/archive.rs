@@ -15,6 +15,7 @@ use serde::Deserialize;
 use crate::{
     ImageError, Limits,
     digest::{Digest, HashingWriter},
+    entries::{self, Stop},
 };
 
 /// A descriptor (image spec, descriptor.md), as far as we use it.
@@ -56,6 +57,15 @@ pub(crate) struct ConfigDocument {
     pub(crate) os: String,
     #[serde(default)]
     pub(crate) config: Option<RunConfig>,
+    #[serde(default)]
+    rootfs: RootFs,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct RootFs {
+    /// Digests of the unpacked layers, lowest first.
+    #[serde(default)]
+    diff_ids: Vec<String>,
 }
 
 /// What to run by default. Docker writes `null` for absent lists.
@@ -73,6 +83,8 @@ pub(crate) struct RunConfig {
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) digest: Digest,
+    /// Digest of the unpacked layer, to be checked by who unpacks it.
+    pub(crate) diff_id: Digest,
     pub(crate) media_type: String,
     pub(crate) path: PathBuf,
 }
@@ -102,14 +114,23 @@ pub(crate) fn open(archive: impl Read, folder: &Path, limits: &Limits) -> Result
             ),
         });
     }
+    let diff_ids = &config.rootfs.diff_ids;
+    if manifest.layers.len() != diff_ids.len() {
+        let (layers, ids) = (manifest.layers.len(), diff_ids.len());
+        return Err(ImageError::Archive {
+            what: format!("its manifest has {layers} layers, its config describes {ids} (rootfs.diff_ids)"),
+        });
+    }
     let layers = manifest
         .layers
         .into_iter()
-        .map(|layer| {
+        .zip(diff_ids)
+        .map(|(layer, diff_id)| {
             let digest = Digest::parse(&layer.digest)?;
             let path = spooled.blob("layer", &layer)?;
             Ok(Layer {
                 digest,
+                diff_id: Digest::parse(diff_id)?,
                 media_type: layer.media_type,
                 path,
             })
@@ -138,6 +159,26 @@ struct Spooled {
 }
 
 impl Spooled {
+    /// Copies a blob beside the store, checked against its name.
+    fn take_blob(&mut self, hex: &str, content: &mut dyn Read) -> Result<(), ImageError> {
+        let wanted = Digest::parse(&format!("sha256:{hex}"))?;
+        let target = self.folder.join(wanted.hex());
+        let file = File::create(&target).map_err(ImageError::io("creating", &target))?;
+        let mut writer = HashingWriter::new(file);
+        let size = io::copy(content, &mut writer).map_err(ImageError::io("writing", &target))?;
+        let (_, seen) = writer.finish();
+        if seen != wanted {
+            return Err(ImageError::Mismatch {
+                object: format!("blob {wanted}"),
+                field: "digest",
+                seen: seen.to_string(),
+                wanted: wanted.to_string(),
+            });
+        }
+        self.sizes.insert(wanted, size);
+        Ok(())
+    }
+
     /// The file of a blob, when it is there and has the announced size. Its digest was checked when it was written.
     fn blob(&self, what: &str, descriptor: &Descriptor) -> Result<PathBuf, ImageError> {
         let digest = Digest::parse(&descriptor.digest)?;
@@ -187,51 +228,44 @@ fn spool(archive: impl Read, folder: &Path, limits: &Limits) -> Result<Spooled, 
         sizes: BTreeMap::new(),
     };
     let mut left = limits.archive_bytes;
-    let mut tar = tar::Archive::new(archive);
+    let mut count = 0;
     let broken = |error: io::Error| ImageError::Archive {
         what: format!("not a readable tar file: {error}"),
     };
-    for (count, entry) in tar.entries().map_err(broken)?.enumerate() {
-        let mut entry = entry.map_err(broken)?;
-        if count >= limits.entries {
+    entries::each(archive, |item, content| {
+        count += 1;
+        if count > limits.entries {
             return Err(ImageError::TooLarge {
                 what: "the number of entries",
                 limit: limits.entries as u64,
             });
         }
-        let path = entry.path_bytes().into_owned();
-        let name = String::from_utf8_lossy(&path).trim_start_matches("./").to_owned();
-        left = left.checked_sub(entry.size()).ok_or(ImageError::TooLarge {
+        let name = String::from_utf8_lossy(&item.path).trim_start_matches("./").to_owned();
+        left = left.checked_sub(item.size).ok_or(ImageError::TooLarge {
             what: "the archive",
             limit: limits.archive_bytes,
         })?;
         if name == "index.json" {
-            if entry.size() > limits.document_bytes {
+            if item.size > limits.document_bytes {
                 return Err(ImageError::TooLarge {
                     what: "index.json",
                     limit: limits.document_bytes,
                 });
             }
             spooled.index.clear();
-            entry.read_to_end(&mut spooled.index).map_err(broken)?;
+            content.read_to_end(&mut spooled.index).map_err(broken)?;
         } else if let Some(hex) = name.strip_prefix("blobs/sha256/").filter(|hex| !hex.is_empty()) {
-            let wanted = Digest::parse(&format!("sha256:{hex}"))?;
-            let target = folder.join(wanted.hex());
-            let file = File::create(&target).map_err(ImageError::io("creating", &target))?;
-            let mut writer = HashingWriter::new(file);
-            let size = io::copy(&mut entry, &mut writer).map_err(ImageError::io("writing", &target))?;
-            let (_, seen) = writer.finish();
-            if seen != wanted {
-                return Err(ImageError::Mismatch {
-                    object: format!("blob {name}"),
-                    field: "digest",
-                    seen: seen.to_string(),
-                    wanted: wanted.to_string(),
-                });
-            }
-            spooled.sizes.insert(wanted, size);
+            spooled.take_blob(hex, content)?;
         }
-    }
+        Ok(())
+    })
+    .map_err(|stop| match stop {
+        Stop::Stream(error) => broken(error),
+        Stop::Header { path, why } => ImageError::Archive {
+            what: format!("entry {:?} {why}", String::from_utf8_lossy(&path)),
+        },
+        Stop::Visitor(error) => error,
+    })?;
     if spooled.index.is_empty() {
         return Err(ImageError::Archive {
             what: "it has no index.json: not an OCI image layout".into(),

@@ -14,12 +14,14 @@
 
 mod archive;
 mod digest;
+mod entries;
 mod error;
 mod layer;
 mod limits;
 mod squash;
 mod store;
 mod tree;
+mod unpack;
 
 pub use error::ImageError;
 pub use limits::Limits;

@@ -64,8 +64,7 @@ pub(crate) fn write(tree: &Tree, spool: &Arc<File>, out: &Path) -> Result<(), Im
     writer.set_no_duplicate_files(false);
     let root = tree.root();
     writer.set_root_mode(root.meta.mode);
-    writer.set_root_uid(root.meta.uid);
-    writer.set_root_gid(root.meta.gid);
+    // The root folder stays root's: the writer has an id for an owner only where something below it has the same.
     let Kind::Folder(children) = &root.kind else {
         unreachable!("the root stays a folder: Tree::put refuses anything else")
     };

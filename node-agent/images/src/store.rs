@@ -157,6 +157,7 @@ impl ImageStore {
             squash::write(&tree, &Arc::new(spool.file), &fresh)?;
             let target = self.rootfs(&hex);
             fs::rename(&fresh, &target).map_err(ImageError::io("renaming to", &target))?;
+            sync_folder(&self.dir.join("rootfs"))?;
             let description = Description {
                 config: config_of(&opened.config),
                 programs: programs(&tree),
@@ -404,6 +405,11 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
         path: path.to_path_buf(),
         source: error.error,
     })?;
+    sync_folder(folder)
+}
+
+/// Makes a rename last.
+fn sync_folder(folder: &Path) -> Result<(), ImageError> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(ImageError::io("syncing", folder))

@@ -139,15 +139,8 @@ impl Tree {
         let Some(children) = self.existing_folder(parents) else {
             return;
         };
-        if children.get(name).is_some_and(|node| node.layer < layer) {
+        if children.get_mut(name).is_some_and(|node| !keep_layer(node, layer)) {
             children.remove(name);
-        } else if let Some(Node {
-            kind: Kind::Folder(inner),
-            ..
-        }) = children.get_mut(name)
-        {
-            // The folder itself is this layer's; what lower layers left in it goes.
-            keep_layer(inner, layer);
         }
     }
 
@@ -155,7 +148,7 @@ impl Tree {
     pub(crate) fn opaque(&mut self, path: &[Vec<u8>]) {
         let layer = self.layer;
         if let Some(children) = self.existing_folder(path) {
-            keep_layer(children, layer);
+            children.retain(|_, node| keep_layer(node, layer));
         }
     }
 
@@ -186,13 +179,14 @@ impl Tree {
     }
 }
 
-fn keep_layer(children: &mut BTreeMap<Vec<u8>, Node>, layer: usize) {
-    children.retain(|_, node| node.layer >= layer);
-    for node in children.values_mut() {
-        if let Kind::Folder(inner) = &mut node.kind {
-            keep_layer(inner, layer);
-        }
+/// Removes from `node` what lower layers brought; false when nothing is left of it. A lower layer's folder stays while
+/// this layer has something in it: the result must not depend on where in the layer the whiteout stands.
+fn keep_layer(node: &mut Node, layer: usize) -> bool {
+    if let Kind::Folder(children) = &mut node.kind {
+        children.retain(|_, child| keep_layer(child, layer));
+        return node.layer >= layer || !children.is_empty();
     }
+    node.layer >= layer
 }
 
 #[cfg(test)]
@@ -260,6 +254,17 @@ mod tests {
             }
             assert_eq!(names(&tree), ["/d", "/d/high"], "{opaque_first}");
         }
+    }
+
+    #[test]
+    fn a_whiteout_leaves_what_its_own_layer_put_into_a_lower_folder() {
+        let mut tree = Tree::new();
+        tree.put(&path("/d/sub/old"), META, file(1)).unwrap();
+        tree.next_layer();
+        tree.put(&path("/d/sub/new"), META, file(2)).unwrap();
+        tree.whiteout(&path("/d/sub"));
+        tree.opaque(&path("/d"));
+        assert_eq!(names(&tree), ["/d", "/d/sub", "/d/sub/new"]);
     }
 
     #[test]
