@@ -21,7 +21,7 @@ use crate::{
         protocol::Violation,
         session::{Session, SessionEvent},
     },
-    host::{Images, ImageFault, VmHost, VmPlan},
+    host::{ImageFault, Images, VmHost, VmPlan},
     ledger::Ledger,
     log_sink::{LogSignal, LogSink},
     logs::read_tail,
@@ -97,7 +97,11 @@ impl Blade {
 #[derive(Debug)]
 pub(crate) enum Request {
     /// End the attempt; answered when the order is in the ledger.
-    Stop { grace_s: Option<u32>, reason: Option<EndReason>, done: oneshot::Sender<()> },
+    Stop {
+        grace_s: Option<u32>,
+        reason: Option<EndReason>,
+        done: oneshot::Sender<()>,
+    },
     /// The same spec again, with secrets that may be missing here.
     Refresh(Box<Spec>),
 }
@@ -116,7 +120,9 @@ pub(crate) struct AgentTask {
     spec: Option<Spec>,
     requests: mpsc::Receiver<Request>,
     signal: watch::Sender<LogSignal>,
-    events: (mpsc::Sender<(u64, SessionEvent)>, mpsc::Receiver<(u64, SessionEvent)>),
+    /// Given to each session; its events come tagged with its number.
+    tell: mpsc::Sender<(u64, SessionEvent)>,
+    told: mpsc::Receiver<(u64, SessionEvent)>,
     session: Option<Session>,
     sessions: u64,
     violations: u32,
@@ -139,13 +145,15 @@ impl AgentTask {
         signal: watch::Sender<LogSignal>,
     ) -> Self {
         let may_have_started = record.spawn.is_some();
+        let (tell, told) = mpsc::channel(64);
         Self {
             blade,
             record,
             spec,
             requests,
             signal,
-            events: mpsc::channel(64),
+            tell,
+            told,
             session: None,
             sessions: 0,
             violations: 0,
@@ -160,7 +168,9 @@ impl AgentTask {
 
     /// The task of a record whose earlier task broke: it only ends the VM.
     pub(crate) fn after_panic(mut self) -> Self {
-        self.forced = Some(Forced::InitLost { message: "a fault in far-node ended the agent; see its log".to_owned() });
+        self.forced = Some(Forced::InitLost {
+            message: "a fault in far-node ended the agent; see its log".to_owned(),
+        });
         self
     }
 
@@ -204,7 +214,9 @@ impl AgentTask {
         self.must_change(spawning).await;
         let blade = self.blade.clone();
         if let Err(error) = blade.host.boot(&plan.vm).await {
-            return Ok(VmmEnd::Crashed { message: error.to_string() });
+            return Ok(VmmEnd::Crashed {
+                message: error.to_string(),
+            });
         }
         self.watch_over(listener, log).await
     }
@@ -224,12 +236,30 @@ impl AgentTask {
         match prepared {
             Ok(Ok((plan, image_digest, launch))) => {
                 let resources = self.blade.host.resources(&plan);
-                let spawn = Spawn { at: self.blade.clock.now(), boot_id: self.blade.boot_id.clone() };
-                let message = if resources.nic { String::new() } else { resources.no_nic_reason.clone() };
-                Ok((plan, Fact::Spawning { spawn, image_digest, resources, launch, message }))
+                let spawn = Spawn {
+                    at: self.blade.clock.now(),
+                    boot_id: self.blade.boot_id.clone(),
+                };
+                let message = if resources.nic {
+                    String::new()
+                } else {
+                    resources.no_nic_reason.clone()
+                };
+                Ok((
+                    plan,
+                    Fact::Spawning {
+                        spawn,
+                        image_digest,
+                        resources,
+                        launch,
+                        message,
+                    },
+                ))
             }
             Ok(Err(refused)) => self.refuse(refused),
-            Err(_) => self.refuse(Forced::InitLost { message: "a fault in far-node; see its log".to_owned() }),
+            Err(_) => self.refuse(Forced::InitLost {
+                message: "a fault in far-node; see its log".to_owned(),
+            }),
         }
     }
 
@@ -243,7 +273,10 @@ impl AgentTask {
             match &self.spec {
                 None => {
                     let message = "the blade's ledger lost the spec of this attempt".to_owned();
-                    return self.refuse(Forced::Refused { reason: EndReason::Error, message });
+                    return self.refuse(Forced::Refused {
+                        reason: EndReason::Error,
+                        message,
+                    });
                 }
                 Some(spec) if spec.is_complete() => return Ok(spec.clone()),
                 Some(_) => {}
@@ -288,14 +321,21 @@ impl AgentTask {
 
     /// Without a listener a new VM is refused; an adopted one is watched all the same.
     fn bind(&mut self) -> Option<Listener> {
-        let path = self.blade.host.folder(&self.record.vm_id).join(format!("v.sock_{CONTROL_PORT}"));
+        let path = self
+            .blade
+            .host
+            .folder(&self.record.vm_id)
+            .join(format!("v.sock_{CONTROL_PORT}"));
         match Listener::bind(&path) {
             Ok(listener) => Some(listener),
             Err(error) => {
                 tracing::warn!(vm.id = %self.record.vm_id, path = %path.display(), %error, "the control socket cannot be bound");
                 if self.record.spawn.is_none() {
                     let message = format!("binding the control socket {}: {error}", path.display());
-                    self.forced = Some(Forced::Refused { reason: EndReason::Error, message });
+                    self.forced = Some(Forced::Refused {
+                        reason: EndReason::Error,
+                        message,
+                    });
                 }
                 None
             }
@@ -318,7 +358,7 @@ impl AgentTask {
             tokio::select! {
                 biased;
                 end = &mut ended => return Ok(end),
-                Some((number, event)) = self.events.1.recv() => self.on_session(number, event).await,
+                Some((number, event)) = self.told.recv() => self.on_session(number, event).await,
                 Some(dialled) = next_dialled(&mut listener) => self.on_dialled(dialled, &log).await,
                 request = self.requests.recv() => match request {
                     Some(request) => {
@@ -353,7 +393,8 @@ impl AgentTask {
                 self.kill().await;
             }
             Alarm::Deadline => {
-                self.order_stop(self.record.grace_s, Some(EndReason::DeadlineExceeded)).await;
+                self.order_stop(self.record.grace_s, Some(EndReason::DeadlineExceeded))
+                    .await;
             }
         }
     }
@@ -377,7 +418,11 @@ impl AgentTask {
             Request::Stop { grace_s, reason, done } => {
                 self.order_stop(grace_s.unwrap_or(self.record.grace_s), reason).await;
                 let _ = done.send(()); // The asker may have gone away.
-                if self.record.spawn.is_none() { Err(Leave::Over) } else { Ok(()) }
+                if self.record.spawn.is_none() {
+                    Err(Leave::Over)
+                } else {
+                    Ok(())
+                }
             }
         }
     }
@@ -387,7 +432,11 @@ impl AgentTask {
         if self.record.stop.is_some() {
             return;
         }
-        let order = StopOrder { at: self.blade.clock.now(), grace_s, reason };
+        let order = StopOrder {
+            at: self.blade.clock.now(),
+            grace_s,
+            reason,
+        };
         self.must_change(Fact::StopOrdered(order)).await;
         if self.record.started_at.is_some() {
             self.send_shutdown();
@@ -401,7 +450,9 @@ impl AgentTask {
         if let (Some(session), Some(order)) = (&self.session, &self.record.stop) {
             let passed = self.blade.clock.now().saturating_sub(order.at) / 1000;
             let grace_s = order.grace_s.saturating_sub(u32::try_from(passed).unwrap_or(u32::MAX));
-            session.send(vec![HostMessage { kind: Some(Kind::Shutdown(Shutdown { grace_s })) }]);
+            session.send(vec![HostMessage {
+                kind: Some(Kind::Shutdown(Shutdown { grace_s })),
+            }]);
         }
     }
 
@@ -413,7 +464,11 @@ impl AgentTask {
         match &self.record.boot_nonce {
             None => {
                 let nonce = dialled.greeting.nonce.clone();
-                self.must_change(Fact::Hello { at: self.blade.clock.now(), nonce }).await;
+                self.must_change(Fact::Hello {
+                    at: self.blade.clock.now(),
+                    nonce,
+                })
+                .await;
                 tracing::info!(vm.id = %self.record.vm_id, init.version = %version, "the guest said Hello");
             }
             Some(nonce) if *nonce == dialled.greeting.nonce => {}
@@ -436,7 +491,13 @@ impl AgentTask {
         }
         self.sessions += 1;
         let (number, heartbeat) = (self.sessions, self.blade.limits.heartbeat);
-        self.session = Some(Session::start(number, dialled, log.clone(), heartbeat, self.events.0.clone()));
+        self.session = Some(Session::start(
+            number,
+            dialled,
+            log.clone(),
+            heartbeat,
+            self.tell.clone(),
+        ));
         self.note_heartbeat();
         match stage {
             Stage::WaitingForConfig => self.deliver(),
@@ -449,7 +510,9 @@ impl AgentTask {
 
     /// Sends Config, files and Start to a guest that waits, once all secrets are known.
     fn deliver(&mut self) {
-        let (Some(session), Some(spec), Some(launch)) = (&self.session, &self.spec, &self.record.launch) else { return };
+        let (Some(session), Some(spec), Some(launch)) = (&self.session, &self.spec, &self.record.launch) else {
+            return;
+        };
         if self.record.started_at.is_some() || self.record.stop.is_some() {
             return;
         }
@@ -467,9 +530,18 @@ impl AgentTask {
         match event {
             SessionEvent::Ready { message } => self.note_ready(message).await,
             SessionEvent::Heartbeat => self.note_heartbeat(),
-            SessionEvent::Exit { how, oom_killed, start_error } => {
+            SessionEvent::Exit {
+                how,
+                oom_killed,
+                start_error,
+            } => {
                 let at = self.blade.clock.now();
-                self.pending_exit = Some(ExitReport { at, how, oom_killed, start_error });
+                self.pending_exit = Some(ExitReport {
+                    at,
+                    how,
+                    oom_killed,
+                    start_error,
+                });
             }
             SessionEvent::ExitComplete => self.store_exit().await,
             SessionEvent::Closed(violation) => {
@@ -483,7 +555,12 @@ impl AgentTask {
 
     async fn note_ready(&mut self, message: String) {
         // A Ready that repeats (connection lost right after it) says nothing new.
-        let _ = self.change(Fact::Ready { at: self.blade.clock.now(), message }).await;
+        let _ = self
+            .change(Fact::Ready {
+                at: self.blade.clock.now(),
+                message,
+            })
+            .await;
         self.note_heartbeat();
     }
 
@@ -495,7 +572,9 @@ impl AgentTask {
             let _ = self.change(Fact::Exited(report)).await;
         }
         if let (Some(session), Some(_)) = (&self.session, &self.record.exit) {
-            session.send(vec![HostMessage { kind: Some(Kind::ExitAck(ExitAck {})) }]);
+            session.send(vec![HostMessage {
+                kind: Some(Kind::ExitAck(ExitAck {})),
+            }]);
         }
     }
 
@@ -503,7 +582,9 @@ impl AgentTask {
         tracing::warn!(vm.id = %self.record.vm_id, error = %violation, "a control connection was cut");
         self.violations += 1;
         if self.violations >= MAX_VIOLATIONS && self.killed_at.is_none() {
-            self.forced.get_or_insert(Forced::InitLost { message: violation.to_string() });
+            self.forced.get_or_insert(Forced::InitLost {
+                message: violation.to_string(),
+            });
             self.kill().await;
         }
     }
@@ -517,12 +598,16 @@ impl AgentTask {
 
     fn stale_at(&self) -> Option<UnixMs> {
         let is_watched = !self.heartbeat_stale && !self.blade.limits.heartbeat.is_zero();
-        self.last_heartbeat.filter(|_| is_watched).map(|at| at + millis(self.blade.limits.heartbeat) * 3)
+        self.last_heartbeat
+            .filter(|_| is_watched)
+            .map(|at| at + millis(self.blade.limits.heartbeat) * 3)
     }
 
     fn set_stale(&mut self, stale: bool) {
         self.heartbeat_stale = stale;
-        self.blade.board.publish(self.record.clone(), stale, &self.signal.subscribe());
+        self.blade
+            .board
+            .publish(self.record.clone(), stale, &self.signal.subscribe());
     }
 
     // ---- the end ----
@@ -537,7 +622,9 @@ impl AgentTask {
         }
         self.session = None;
         if let (VmmEnd::Vanished { .. }, Some(spawn)) = (&vmm, &self.record.spawn) {
-            vmm = VmmEnd::Vanished { blade_rebooted: spawn.boot_id != self.blade.boot_id };
+            vmm = VmmEnd::Vanished {
+                blade_rebooted: spawn.boot_id != self.blade.boot_id,
+            };
         }
         let (blade, vm) = (self.blade.clone(), self.record.vm_id.clone());
         let vmm_cpu_us = match self.record.spawn {
@@ -545,11 +632,18 @@ impl AgentTask {
             None => 0,
         };
         let folder = blade.log_folder(&vm);
-        let tail = tokio::task::spawn_blocking(move || read_tail(&folder, TAIL)).await.unwrap_or_default();
+        let tail = tokio::task::spawn_blocking(move || read_tail(&folder, TAIL))
+            .await
+            .unwrap_or_default();
         let end = decide_end(&self.record, &vmm, self.forced.as_ref(), tail);
         tracing::info!(vm.id = %vm, agent.namespace = %self.record.identity.namespace, agent.name = %self.record.identity.name,
             reason = ?end.reason, exit_code = ?end.exit_code, "an agent ended");
-        self.must_change(Fact::Ended { at: blade.clock.now(), end, vmm_cpu_us }).await;
+        self.must_change(Fact::Ended {
+            at: blade.clock.now(),
+            end,
+            vmm_cpu_us,
+        })
+        .await;
         self.signal.send_modify(|signal| signal.is_closed = true);
         if let Err(error) = blade.host.release(&vm).await {
             tracing::warn!(vm.id = %vm, %error, "something of an ended microVM is left: the next start cleans it up");
@@ -562,7 +656,7 @@ impl AgentTask {
     /// Takes what the guest sent before its end, until its connection is over.
     async fn drain(&mut self) {
         while self.session.is_some() {
-            match self.events.1.recv().await {
+            match self.told.recv().await {
                 Some((number, event)) => self.on_session(number, event).await,
                 None => return,
             }
@@ -586,8 +680,12 @@ impl AgentTask {
             };
             match tokio::task::spawn_blocking(work).await {
                 Ok(Ok(())) => break,
-                Ok(Err(error)) => tracing::error!(vm.id = %record.vm_id, error = ?error, "the ledger cannot be written: trying again"),
-                Err(error) => tracing::error!(vm.id = %record.vm_id, %error, "the ledger cannot be written: trying again"),
+                Ok(Err(error)) => {
+                    tracing::error!(vm.id = %record.vm_id, error = ?error, "the ledger cannot be written: trying again")
+                }
+                Err(error) => {
+                    tracing::error!(vm.id = %record.vm_id, %error, "the ledger cannot be written: trying again")
+                }
             }
             tokio::time::sleep(LEDGER_RETRY).await;
         }
@@ -616,17 +714,31 @@ type Prepared = (VmPlan, String, delivery::Launch);
 fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Forced> {
     let refused = |reason, message| Forced::Refused { reason, message };
     let image = blade.images.prepare(&spec.image).map_err(|fault| match fault {
-        ImageFault::Unknown { .. } => refused(EndReason::ImageError, format!("spec.image: {fault}; load it with `far image load`")),
-        ImageFault::Bad { .. } | ImageFault::Store { .. } => refused(EndReason::ImageError, format!("spec.image: {fault}")),
+        ImageFault::Unknown { .. } => refused(
+            EndReason::ImageError,
+            format!("spec.image: {fault}; load it with `far image load`"),
+        ),
+        ImageFault::Bad { .. } | ImageFault::Store { .. } => {
+            refused(EndReason::ImageError, format!("spec.image: {fault}"))
+        }
     })?;
-    let launch = delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
-        let reason = match error {
-            LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
-            LaunchError::Environment { .. } => EndReason::ImageError,
-        };
-        refused(reason, error.to_string())
-    })?;
-    let plan = VmPlan { vm, rootfs: image.rootfs, vcpus: spec.vcpus(), memory_mib: spec.memory_mib };
-    blade.host.prepare(&plan).map_err(|error| refused(EndReason::Error, error.to_string()))?;
+    let launch =
+        delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
+            let reason = match error {
+                LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
+                LaunchError::Environment { .. } => EndReason::ImageError,
+            };
+            refused(reason, error.to_string())
+        })?;
+    let plan = VmPlan {
+        vm,
+        rootfs: image.rootfs,
+        vcpus: spec.vcpus(),
+        memory_mib: spec.memory_mib,
+    };
+    blade
+        .host
+        .prepare(&plan)
+        .map_err(|error| refused(EndReason::Error, error.to_string()))?;
     Ok((plan, image.digest, launch))
 }

@@ -42,7 +42,12 @@ impl NodeApi {
     /// The service for calls that come from `origin`.
     #[must_use]
     pub fn new(supervisor: Supervisor, machine: Arc<Machine>, epochs: Arc<EpochGuard>, origin: Origin) -> Self {
-        Self { supervisor, machine, epochs, origin }
+        Self {
+            supervisor,
+            machine,
+            epochs,
+            origin,
+        }
     }
 
     /// As tonic serves it.
@@ -57,13 +62,17 @@ impl NodeApi {
 
     async fn check_epoch(&self, epoch: u64) -> Result<(), Status> {
         let (epochs, origin) = (self.epochs.clone(), self.origin);
-        blocking(move || epochs.check(origin, epoch)).await?.map_err(|error| error.to_status())
+        blocking(move || epochs.check(origin, epoch))
+            .await?
+            .map_err(|error| error.to_status())
     }
 
     fn only_from_the_blade(&self) -> Result<(), Status> {
         match self.origin {
             Origin::Blade => Ok(()),
-            Origin::Controller => Err(Status::permission_denied("images are loaded on the blade itself, over its Unix socket")),
+            Origin::Controller => Err(Status::permission_denied(
+                "images are loaded on the blade itself, over its Unix socket",
+            )),
         }
     }
 
@@ -91,14 +100,20 @@ impl NodeApi {
                 } else {
                     identity.uid.clone()
                 };
-                let attempt = if identity.attempt == 0 { String::new() } else { format!(" (attempt {})", identity.attempt) };
+                let attempt = if identity.attempt == 0 {
+                    String::new()
+                } else {
+                    format!(" (attempt {})", identity.attempt)
+                };
                 Status::not_found(format!("agent {who}{attempt} is not known on this blade"))
             })
     }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Status::internal("a fault in far-node; see its log"))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| Status::internal("a fault in far-node; see its log"))
 }
 
 impl From<InvalidField> for Status {
@@ -202,10 +217,15 @@ impl Node for NodeApi {
     async fn logs(&self, request: Request<proto::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         let request = request.into_inner();
         let key = self.find(&request.identity.clone().unwrap_or_default())?;
-        let entry = self.board().entry(&key).ok_or_else(|| Status::not_found("the agent was forgotten meanwhile"))?;
+        let entry = self
+            .board()
+            .entry(&key)
+            .ok_or_else(|| Status::not_found("the agent was forgotten meanwhile"))?;
         let blade = self.supervisor.blade();
         let chunks = logs::stream(blade.log_folder(&entry.record.vm_id), entry.log, &request)?;
-        Ok(Response::new(chunks.take_until(blade.shutdown.clone().cancelled_owned()).boxed()))
+        Ok(Response::new(
+            chunks.take_until(blade.shutdown.clone().cancelled_owned()).boxed(),
+        ))
     }
 
     async fn capacity(&self, _: Request<proto::CapacityRequest>) -> Result<Response<proto::NodeCapacity>, Status> {
@@ -219,12 +239,16 @@ impl Node for NodeApi {
     ) -> Result<Response<proto::Image>, Status> {
         self.only_from_the_blade()?;
         let images = self.supervisor.blade().images.clone();
-        let path = images.incoming().join(format!("load-{:016x}.tar", rand::random::<u64>()));
+        let path = images
+            .incoming()
+            .join(format!("load-{:016x}.tar", rand::random::<u64>()));
         let received = receive(request.into_inner(), &path).await;
         let loaded = match received {
             Ok(reference) => {
                 let (images, path) = (images.clone(), path.clone());
-                blocking(move || images.load(&reference, &path)).await?.map_err(Status::from)
+                blocking(move || images.load(&reference, &path))
+                    .await?
+                    .map_err(Status::from)
             }
             Err(status) => Err(status),
         };
@@ -242,7 +266,9 @@ impl Node for NodeApi {
     ) -> Result<Response<proto::ListImagesResponse>, Status> {
         let images = self.supervisor.blade().images.clone();
         let list = blocking(move || images.list()).await??;
-        Ok(Response::new(proto::ListImagesResponse { images: list.into_iter().map(wire::image).collect() }))
+        Ok(Response::new(proto::ListImagesResponse {
+            images: list.into_iter().map(wire::image).collect(),
+        }))
     }
 
     async fn remove_image(
@@ -277,7 +303,9 @@ async fn receive(
         }
         size += part.data.len() as u64;
         if size > MAX_ARCHIVE {
-            return Err(Status::invalid_argument(format!("data: an archive may have {MAX_ARCHIVE} bytes")));
+            return Err(Status::invalid_argument(format!(
+                "data: an archive may have {MAX_ARCHIVE} bytes"
+            )));
         }
         file.write_all(&part.data).await.map_err(failed)?;
     }
@@ -293,11 +321,19 @@ fn watch_stream(watch: Watch) -> impl futures::Stream<Item = Result<Event, Statu
     let mut replay: VecDeque<Event> = watch
         .replay
         .iter()
-        .map(|entry| Event { seq: entry.seq, state: Some(wire::agent_state(entry)), replay_done: false })
+        .map(|entry| Event {
+            seq: entry.seq,
+            state: Some(wire::agent_state(entry)),
+            replay_done: false,
+        })
         .collect();
     match replay.back_mut() {
         Some(last) => last.replay_done = true,
-        None => replay.push_back(Event { seq: watch.seq, state: None, replay_done: true }),
+        None => replay.push_back(Event {
+            seq: watch.seq,
+            state: None,
+            replay_done: true,
+        }),
     }
     let state = Some((replay, watch.live));
     futures::stream::unfold(state, |state| async move {
@@ -307,7 +343,11 @@ fn watch_stream(watch: Watch) -> impl futures::Stream<Item = Result<Event, Statu
         }
         match live.recv().await {
             Ok(entry) => {
-                let event = Event { seq: entry.seq, state: Some(wire::agent_state(&entry)), replay_done: false };
+                let event = Event {
+                    seq: entry.seq,
+                    state: Some(wire::agent_state(&entry)),
+                    replay_done: false,
+                };
                 Some((Ok(event), Some((replay, live))))
             }
             Err(RecvError::Lagged(missed)) => {

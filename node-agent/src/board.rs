@@ -75,8 +75,16 @@ impl Board {
                 .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the event number is not a number"))?,
             None => 0,
         };
-        let inner = Inner { seq: ceiling, ceiling, entries: BTreeMap::new() };
-        Ok(Self { path: path.to_owned(), inner: Mutex::new(inner), changes: broadcast::Sender::new(WATCH_QUEUE) })
+        let inner = Inner {
+            seq: ceiling,
+            ceiling,
+            entries: BTreeMap::new(),
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            inner: Mutex::new(inner),
+            changes: broadcast::Sender::new(WATCH_QUEUE),
+        })
     }
 
     fn locked(&self) -> MutexGuard<'_, Inner> {
@@ -96,7 +104,12 @@ impl Board {
         }
         inner.seq += 1;
         let key = record.identity.key.clone();
-        let entry = Entry { record, seq: inner.seq, heartbeat_stale, log: log.clone() };
+        let entry = Entry {
+            record,
+            seq: inner.seq,
+            heartbeat_stale,
+            log: log.clone(),
+        };
         inner.entries.insert(key, entry.clone());
         // Nobody watching is fine. Sent under the lock: numbers arrive in order.
         let _ = self.changes.send(entry);
@@ -125,9 +138,18 @@ impl Board {
     pub fn watch(&self, from_seq: u64) -> Watch {
         let inner = self.locked();
         let from_seq = if from_seq > inner.seq { 0 } else { from_seq };
-        let mut replay: Vec<_> = inner.entries.values().filter(|entry| entry.seq > from_seq).cloned().collect();
+        let mut replay: Vec<_> = inner
+            .entries
+            .values()
+            .filter(|entry| entry.seq > from_seq)
+            .cloned()
+            .collect();
         replay.sort_by_key(|entry| entry.seq);
-        Watch { replay, seq: inner.seq, live: self.changes.subscribe() }
+        Watch {
+            replay,
+            seq: inner.seq,
+            live: self.changes.subscribe(),
+        }
     }
 }
 
@@ -176,6 +198,9 @@ mod tests {
         for _ in 0..=WATCH_QUEUE {
             publish(&board);
         }
-        assert!(matches!(watch.live.try_recv(), Err(broadcast::error::TryRecvError::Lagged(_))));
+        assert!(matches!(
+            watch.live.try_recv(),
+            Err(broadcast::error::TryRecvError::Lagged(_))
+        ));
     }
 }

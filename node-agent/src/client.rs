@@ -30,6 +30,9 @@ pub async fn connect_unix(socket: &Path) -> Result<NodeClient<Channel>, ConnectE
     let channel = Endpoint::from_static("http://blade.invalid")
         .connect_with_connector(connector)
         .await
-        .map_err(|source| ConnectError { socket: socket.to_owned(), source })?;
+        .map_err(|source| ConnectError {
+            socket: socket.to_owned(),
+            source,
+        })?;
     Ok(NodeClient::new(channel).max_decoding_message_size(16 << 20))
 }

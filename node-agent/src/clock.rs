@@ -19,7 +19,10 @@ impl Clock {
     #[must_use]
     pub fn start() -> Self {
         let unix_at_start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { unix_at_start, start: Instant::now() }
+        Self {
+            unix_at_start,
+            start: Instant::now(),
+        }
     }
 
     /// Now.

@@ -125,7 +125,10 @@ pub struct ConfigError {
 }
 
 fn bad<T>(option: &'static str, problem: impl Into<String>) -> Result<T, ConfigError> {
-    Err(ConfigError { option, problem: problem.into() })
+    Err(ConfigError {
+        option,
+        problem: problem.into(),
+    })
 }
 
 impl Args {
@@ -149,9 +152,8 @@ impl Args {
                 .unwrap_or_else(|| PathBuf::from("/var/cache/far"))
                 .join("guest")
         };
-        let run = || {
-            env("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from(format!("/tmp/far-{uid}")), |dir| dir.join("far"))
-        };
+        let run =
+            || env("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from(format!("/tmp/far-{uid}")), |dir| dir.join("far"));
         let name = match self.name {
             Some(name) if is_dns_label(&name) => name,
             Some(name) => return bad("--name", format!("{name:?} is no DNS-1123 label: 1 to 63 of [a-z0-9-]")),
@@ -213,20 +215,24 @@ impl Args {
 
 /// A program of this project: beside this executable, else on PATH.
 fn find_beside(name: &'static str) -> Result<PathBuf, ConfigError> {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join(name)));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path).map(|folder| folder.join(name));
     match beside.into_iter().chain(on_path).find(|candidate| candidate.is_file()) {
         Some(found) => Ok(found),
-        None => bad("--far-vmm", format!("{name} is neither beside far-node nor on PATH: build it or name it")),
+        None => bad(
+            "--far-vmm",
+            format!("{name} is neither beside far-node nor on PATH: build it or name it"),
+        ),
     }
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("must be KEY=VALUE")?;
-    let is_part = |text: &str| {
-        text.len() <= 63 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-    };
+    let is_part =
+        |text: &str| text.len() <= 63 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
     let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
     if key.len() > 317 || name.is_empty() || !is_part(name) || !is_part(value) {
         return Err("must be a Kubernetes label: a key, and a value of at most 63 of [A-Za-z0-9._-]".to_owned());
@@ -239,7 +245,9 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 
 fn split_unit(text: &str) -> Result<(u64, &str), String> {
     let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let number = text[..at].parse().map_err(|_| format!("{text:?} does not begin with a whole number"))?;
+    let number = text[..at]
+        .parse()
+        .map_err(|_| format!("{text:?} does not begin with a whole number"))?;
     Ok((number, &text[at..]))
 }
 
@@ -252,7 +260,10 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err(format!("{text:?} has no unit: ms, s, m or h")),
     };
-    number.checked_mul(millis).map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
+    number
+        .checked_mul(millis)
+        .map(Duration::from_millis)
+        .ok_or_else(|| format!("{text:?} is too long"))
 }
 
 fn parse_bytes(text: &str) -> Result<u64, String> {
@@ -264,7 +275,9 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         "GiB" | "Gi" => 30,
         _ => return Err(format!("{text:?} has an unknown unit: KiB, MiB or GiB")),
     };
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too much"))
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text:?} is too much"))
 }
 
 fn parse_cpu_millis(text: &str) -> Result<u64, String> {
@@ -296,7 +309,11 @@ mod tests {
     fn check(args: &[&str], env: &[(&str, &str)]) -> Result<Config, String> {
         let all = ["far-node", "--far-vmm", "/far-vmm"].iter().chain(args);
         let args = Args::try_parse_from(all).map_err(|error| error.to_string())?;
-        let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        let env = |name: &str| {
+            env.iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        };
         args.check(env, 7).map_err(|error| error.to_string())
     }
 
@@ -316,7 +333,10 @@ mod tests {
         ];
         for args in cases {
             let error = check(args, &[]).unwrap_err();
-            assert!(error.contains(args[0]) || error.contains("--controller-ca"), "{args:?}: {error}");
+            assert!(
+                error.contains(args[0]) || error.contains("--controller-ca"),
+                "{args:?}: {error}"
+            );
         }
     }
 
@@ -326,8 +346,15 @@ mod tests {
         assert_eq!(config.state_dir, PathBuf::from("/h/.local/state/far/node"));
         assert_eq!(config.run_dir, PathBuf::from("/tmp/far-7"));
         assert_eq!(config.boot_kit, PathBuf::from("/h/.cache/far/guest"));
-        let config = check(&["--state-dir", "/s"], &[("XDG_RUNTIME_DIR", "/r"), ("FAR_CACHE", "/c")]).unwrap();
-        assert_eq!((config.state_dir, config.run_dir), (PathBuf::from("/s"), PathBuf::from("/r/far")));
+        let config = check(
+            &["--state-dir", "/s"],
+            &[("XDG_RUNTIME_DIR", "/r"), ("FAR_CACHE", "/c")],
+        )
+        .unwrap();
+        assert_eq!(
+            (config.state_dir, config.run_dir),
+            (PathBuf::from("/s"), PathBuf::from("/r/far"))
+        );
         assert_eq!(config.boot_kit, PathBuf::from("/c/guest"));
     }
 

@@ -167,13 +167,20 @@ impl VmHost for DirectHost {
     fn prepare(&self, plan: &VmPlan) -> Result<(), HostError> {
         let folder = self.folder(&plan.vm);
         let failed = |error: &dyn std::fmt::Display| HostError {
-            message: format!("writing the description of VM {} into {}: {error}", plan.vm, folder.display()),
+            message: format!(
+                "writing the description of VM {} into {}: {error}",
+                plan.vm,
+                folder.display()
+            ),
         };
         let config = self.config(plan);
         config.check().map_err(|error| failed(&error))?;
         remove_dir(&folder).map_err(|error| failed(&error))?;
         make_private_dir(&folder).map_err(|error| failed(&error))?;
-        let files = [("vm.json", config.to_json()), (far_vmm::additions::FILE_NAME, self.additions().to_json())];
+        let files = [
+            ("vm.json", config.to_json()),
+            (far_vmm::additions::FILE_NAME, self.additions().to_json()),
+        ];
         for (name, text) in files {
             write_atomic(&folder.join(name), text.as_bytes()).map_err(|error| failed(&error))?;
         }
@@ -183,7 +190,9 @@ impl VmHost for DirectHost {
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>> {
         async move {
             let folder = self.folder(vm);
-            let failed = |what: &str, cause: String| HostError { message: format!("{what} of VM {vm}: {cause}") };
+            let failed = |what: &str, cause: String| HostError {
+                message: format!("{what} of VM {vm}: {cause}"),
+            };
             let log_path = folder.join("far-vmm.log");
             let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(&log_path);
             let (out, err) = log()
@@ -198,7 +207,12 @@ impl VmHost for DirectHost {
                 .stderr(err)
                 .current_dir(&folder)
                 .spawn()
-                .map_err(|error| failed("starting far-vmm", format!("{}: {error}", self.options.far_vmm.display())))?;
+                .map_err(|error| {
+                    failed(
+                        "starting far-vmm",
+                        format!("{}: {error}", self.options.far_vmm.display()),
+                    )
+                })?;
             let client = self.client(vm);
             let deadline = Instant::now() + SPAWN_LIMIT;
             loop {
@@ -210,11 +224,21 @@ impl VmHost for DirectHost {
                     if matches!(ExitRecord::read(&folder.join("exit.json")), Ok(Some(_))) {
                         return Ok(());
                     }
-                    return Err(failed("running far-vmm", format!("{status}: {}", last_words(&log_path))));
+                    return Err(failed(
+                        "running far-vmm",
+                        format!("{status}: {}", last_words(&log_path)),
+                    ));
                 }
                 if Instant::now() > deadline {
                     let _ = child.kill().await;
-                    return Err(failed("running far-vmm", format!("no answer within {} s: {}", SPAWN_LIMIT.as_secs(), last_words(&log_path))));
+                    return Err(failed(
+                        "running far-vmm",
+                        format!(
+                            "no answer within {} s: {}",
+                            SPAWN_LIMIT.as_secs(),
+                            last_words(&log_path)
+                        ),
+                    ));
                 }
                 sleep(LOOK).await;
             }
@@ -293,9 +317,15 @@ impl VmHost for DirectHost {
             let removed = tokio::task::spawn_blocking(move || remove_dir(&folder)).await;
             match removed {
                 Ok(Ok(())) if is_gone => Ok(()),
-                Ok(Ok(())) => Err(HostError { message: format!("far-vmm of VM {vm} did not go when released") }),
-                Ok(Err(error)) => Err(HostError { message: format!("removing the folder of VM {vm}: {error}") }),
-                Err(error) => Err(HostError { message: format!("removing the folder of VM {vm}: {error}") }),
+                Ok(Ok(())) => Err(HostError {
+                    message: format!("far-vmm of VM {vm} did not go when released"),
+                }),
+                Ok(Err(error)) => Err(HostError {
+                    message: format!("removing the folder of VM {vm}: {error}"),
+                }),
+                Err(error) => Err(HostError {
+                    message: format!("removing the folder of VM {vm}: {error}"),
+                }),
             }
         }
         .boxed()
@@ -303,7 +333,9 @@ impl VmHost for DirectHost {
 
     fn leftovers(&self) -> Vec<VmId> {
         let entries = std::fs::read_dir(&self.options.vms).into_iter().flatten();
-        entries.filter_map(|entry| VmId::parse(entry.ok()?.file_name().to_str()?)).collect()
+        entries
+            .filter_map(|entry| VmId::parse(entry.ok()?.file_name().to_str()?))
+            .collect()
     }
 }
 
@@ -320,7 +352,9 @@ fn vmm_end(exit: &ExitRecord) -> VmmEnd {
         ExitCause::Exited => format!("the VMM ended with code {}", exit.code.unwrap_or(-1)),
         ExitCause::Signaled => format!("the VMM was ended by signal {}", exit.signal.unwrap_or(0)),
     };
-    VmmEnd::Crashed { message: format!("{what}: {}", message()) }
+    VmmEnd::Crashed {
+        message: format!("{what}: {}", message()),
+    }
 }
 
 /// The last line of a log, for an error's text.
@@ -328,6 +362,10 @@ fn last_words(path: &Path) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let tail = &text[text.len().saturating_sub(2000)..];
     let text = String::from_utf8_lossy(tail);
-    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    let line = text
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing");
     clean_text(line, 400)
 }

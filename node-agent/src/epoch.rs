@@ -57,7 +57,10 @@ impl EpochGuard {
                 .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the epoch is not a number"))?,
             None => 0,
         };
-        Ok(Self { path: path.to_owned(), newest: Mutex::new(newest) })
+        Ok(Self {
+            path: path.to_owned(),
+            newest: Mutex::new(newest),
+        })
     }
 
     /// Lets a call pass, and remembers a newer epoch before it does. Blocking when it is newer.
@@ -73,10 +76,14 @@ impl EpochGuard {
         }
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         if epoch < *newest {
-            return Err(EpochError::Old { asked: epoch, newest: *newest });
+            return Err(EpochError::Old {
+                asked: epoch,
+                newest: *newest,
+            });
         }
         if epoch > *newest {
-            write_atomic(&self.path, epoch.to_string().as_bytes()).map_err(|source| EpochError::Keep { epoch, source })?;
+            write_atomic(&self.path, epoch.to_string().as_bytes())
+                .map_err(|source| EpochError::Keep { epoch, source })?;
             *newest = epoch;
         }
         Ok(())

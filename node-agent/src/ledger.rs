@@ -66,9 +66,13 @@ impl Ledger {
     /// # Errors
     /// The folder cannot be made.
     pub fn open(folder: &Path) -> Result<Self, LedgerError> {
-        crate::files::make_private_dir(folder)
-            .map_err(|source| LedgerError::Folder { folder: folder.to_owned(), source })?;
-        Ok(Self { folder: folder.to_owned() })
+        crate::files::make_private_dir(folder).map_err(|source| LedgerError::Folder {
+            folder: folder.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            folder: folder.to_owned(),
+        })
     }
 
     fn record_path(&self, vm: &VmId) -> PathBuf {
@@ -131,7 +135,10 @@ impl Ledger {
     /// # Errors
     /// The folder cannot be listed. A single bad record is no error but in [`Loaded::damaged`].
     pub fn load(&self) -> Result<Loaded, LedgerError> {
-        let in_folder = |source| LedgerError::Folder { folder: self.folder.clone(), source };
+        let in_folder = |source| LedgerError::Folder {
+            folder: self.folder.clone(),
+            source,
+        };
         let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.folder).map_err(in_folder)? {
             let name = entry.map_err(in_folder)?.file_name().to_string_lossy().into_owned();
@@ -154,7 +161,9 @@ impl Ledger {
                 remove_file(&self.folder.join(&name)).map_err(in_folder)?;
             }
         }
-        loaded.records.sort_by(|(a, _), (b, _)| a.identity.key.cmp(&b.identity.key));
+        loaded
+            .records
+            .sort_by(|(a, _), (b, _)| a.identity.key.cmp(&b.identity.key));
         Ok(loaded)
     }
 
@@ -167,20 +176,27 @@ impl Ledger {
 
     fn read_spec(&self, vm: &VmId) -> Option<Spec> {
         let bytes = read_if_there(&self.spec_path(vm)).ok()??;
-        serde_json::from_slice::<SpecWithoutSecrets>(&bytes).ok().map(Spec::from)
+        serde_json::from_slice::<SpecWithoutSecrets>(&bytes)
+            .ok()
+            .map(Spec::from)
     }
 }
 
 /// True where a tombstone has lain long enough.
 pub(crate) fn is_tombstone_over(record: &Record, now: UnixMs) -> bool {
-    record.forgotten_at.is_some_and(|at| now.saturating_sub(at) >= crate::outcome::millis(TOMBSTONE_KEPT))
+    record
+        .forgotten_at
+        .is_some_and(|at| now.saturating_sub(at) >= crate::outcome::millis(TOMBSTONE_KEPT))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        record::{EndReason, Fact, tests::{an_end, fresh}},
+        record::{
+            EndReason, Fact,
+            tests::{an_end, fresh},
+        },
         spec::{check_spec, tests::wire_spec},
     };
 
@@ -193,7 +209,10 @@ mod tests {
         ledger.write_spec(&record.vm_id, &spec.without_secrets()).unwrap();
         ledger.write(&record).unwrap();
         let loaded = ledger.load().unwrap();
-        assert_eq!(loaded.records, vec![(record.clone(), Some(spec.without_secrets().into()))]);
+        assert_eq!(
+            loaded.records,
+            vec![(record.clone(), Some(spec.without_secrets().into()))]
+        );
         for entry in fs::read_dir(folder.path()).unwrap() {
             let text = fs::read_to_string(entry.unwrap().path()).unwrap();
             // Base64 of "s3cret" begins so.
@@ -222,7 +241,13 @@ mod tests {
     #[test]
     fn tombstones_are_kept_for_a_day() {
         let mut record = fresh();
-        record.apply(Fact::Ended { at: 0, end: an_end(EndReason::Completed), vmm_cpu_us: 0 }).unwrap();
+        record
+            .apply(Fact::Ended {
+                at: 0,
+                end: an_end(EndReason::Completed),
+                vmm_cpu_us: 0,
+            })
+            .unwrap();
         assert!(!is_tombstone_over(&record, u64::MAX));
         record.apply(Fact::Forgotten { at: 1000 }).unwrap();
         assert!(!is_tombstone_over(&record, 86_400_999));

@@ -28,7 +28,10 @@ impl LogSink {
     /// Opens the log in `folder`. Blocking.
     pub(crate) fn open(folder: &Path, max_bytes: u64, signal: watch::Sender<LogSignal>) -> io::Result<Self> {
         let writer = LogWriter::open(folder, max_bytes)?;
-        Ok(Self { writer: Arc::new(Mutex::new(writer)), signal })
+        Ok(Self {
+            writer: Arc::new(Mutex::new(writer)),
+            signal,
+        })
     }
 
     /// What is stored; waits for a round that is being written.

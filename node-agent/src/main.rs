@@ -9,7 +9,11 @@ use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FAR_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -20,9 +24,14 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let uid = std::fs::metadata("/proc/self").context("reading the own user id")?.uid();
+    let uid = std::fs::metadata("/proc/self")
+        .context("reading the own user id")?
+        .uid();
     let config = Args::parse().check(|name| std::env::var(name).ok(), uid)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
     runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut signals = Signals::new()?;

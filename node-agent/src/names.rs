@@ -66,7 +66,9 @@ impl fmt::Debug for VmId {
 #[must_use]
 pub fn is_dns_label(text: &str) -> bool {
     (1..=63).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && !text.starts_with('-')
         && !text.ends_with('-')
 }
@@ -76,11 +78,21 @@ pub fn is_dns_label(text: &str) -> bool {
 pub fn to_dns_label(text: &str, fallback: &str) -> String {
     let cleaned: String = text
         .chars()
-        .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
+        .map(|c| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
         .collect();
     let label = cleaned.trim_matches('-');
     let label = label[..label.len().min(63)].trim_end_matches('-');
-    if label.is_empty() { fallback.to_owned() } else { label.to_owned() }
+    if label.is_empty() {
+        fallback.to_owned()
+    } else {
+        label.to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -89,7 +101,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn key(uid: &str, attempt: u32) -> AttemptKey {
-        AttemptKey { uid: uid.to_owned(), attempt }
+        AttemptKey {
+            uid: uid.to_owned(),
+            attempt,
+        }
     }
 
     #[test]
@@ -101,8 +116,18 @@ mod tests {
 
     #[test]
     fn names_that_are_not_ours_are_not_parsed() {
-        for text in ["", "fa-", "fa-3f1c0a9b77de", "fa-3f1c0a9b77de-0", "fa-3f1c0a9b77de-01", "fa-3f1c0a9b77de-+1",
-            "fa-3F1C0A9B77DE-1", "fa-3f1c0a9b77d-1", "../fa-3f1c0a9b77de-1", "fa-3f1c0a9b77de-1/.."] {
+        for text in [
+            "",
+            "fa-",
+            "fa-3f1c0a9b77de",
+            "fa-3f1c0a9b77de-0",
+            "fa-3f1c0a9b77de-01",
+            "fa-3f1c0a9b77de-+1",
+            "fa-3F1C0A9B77DE-1",
+            "fa-3f1c0a9b77d-1",
+            "../fa-3f1c0a9b77de-1",
+            "fa-3f1c0a9b77de-1/..",
+        ] {
             assert_eq!(VmId::parse(text), None, "{text}");
         }
     }

@@ -1,8 +1,12 @@
 //! far-node as a whole: what is opened in which order, what serves, and how it ends.
 //!
-//! 1. lock the state folder (two far-nodes on one ledger would boot twice), 2. read ledger and machine, 3. bind and serve
-//! the Unix socket, 4. adopt what runs and clean up leftovers, behind the serving, 5. with a controller: identity, mTLS
-//! server, heartbeats. Shutting down stops serving and leaves the microVMs to the next far-node.
+//! 1. Lock the state folder: two far-nodes on one ledger would boot twice.
+//! 2. Read ledger and machine.
+//! 3. Bind and serve the Unix socket.
+//! 4. Behind the serving: adopt what runs, clean up leftovers.
+//! 5. With a controller: identity, mTLS server, heartbeats.
+//!
+//! Shutting down stops serving and leaves the microVMs to the next far-node.
 
 use crate::{
     agent::{Blade, Limits},
@@ -40,9 +44,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     check_run_dir(&config.run_dir)?;
     let opened = {
         let (config, shutdown) = (config.clone(), shutdown.clone());
-        tokio::task::spawn_blocking(move || open(&config, shutdown)).await.context("reading ledger and machine")??
+        tokio::task::spawn_blocking(move || open(&config, shutdown))
+            .await
+            .context("reading ledger and machine")??
     };
-    let Opened { blade, machine, loaded, epochs } = opened;
+    let Opened {
+        blade,
+        machine,
+        loaded,
+        epochs,
+    } = opened;
     let socket_path = config.run_dir.join("node.sock");
     let socket = unix_socket::bind(&socket_path).await?;
     let (supervisor, supervising) = Supervisor::start(blade.clone(), machine.room, loaded).await;
@@ -97,7 +108,10 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     let (kernel, initramfs) = (config.boot_kit.join("vmlinux"), config.boot_kit.join("initramfs.cpio"));
     for file in [&kernel, &initramfs] {
         if !file.is_file() {
-            bail!("the boot kit lacks {}: `make guest` makes it; --boot-kit names another folder", file.display());
+            bail!(
+                "the boot kit lacks {}: `make guest` makes it; --boot-kit names another folder",
+                file.display()
+            );
         }
     }
     let found = far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default());
@@ -121,9 +135,13 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     let images: Arc<dyn Images> = Arc::new(Store::open(&state.join("images"))?);
     let ledger = Ledger::open(&state.join("ledger"))?;
     let loaded = ledger.load()?;
-    let machine =
-        Machine::read(host.facts(), config.reserved_cpu_millis, config.reserved_memory_mib, config.max_vms)
-            .context("reading what this machine has")?;
+    let machine = Machine::read(
+        host.facts(),
+        config.reserved_cpu_millis,
+        config.reserved_memory_mib,
+        config.max_vms,
+    )
+    .context("reading what this machine has")?;
     let board = Board::open(&state.join("seq")).context("reading the event number")?;
     let epochs = EpochGuard::open(&state.join("epoch")).context("reading the newest epoch")?;
     let limits = Limits {
@@ -132,8 +150,23 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         heartbeat: config.heartbeat_interval,
     };
     let boot_id = machine.boot_id.clone();
-    let blade = Blade { clock: Clock::start(), ledger, board, host, images, limits, logs, boot_id, shutdown };
-    Ok(Opened { blade: Arc::new(blade), machine: Arc::new(machine), loaded, epochs: Arc::new(epochs) })
+    let blade = Blade {
+        clock: Clock::start(),
+        ledger,
+        board,
+        host,
+        images,
+        limits,
+        logs,
+        boot_id,
+        shutdown,
+    };
+    Ok(Opened {
+        blade: Arc::new(blade),
+        machine: Arc::new(machine),
+        loaded,
+        epochs: Arc::new(epochs),
+    })
 }
 
 /// Holds the state folder for this process; the kernel lets go of it however the process ends.
@@ -148,7 +181,10 @@ fn lock_state(folder: &Path) -> Result<File> {
         .with_context(|| format!("opening {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another far-node uses {}: stop it, or use another --state-dir", folder.display()),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another far-node uses {}: stop it, or use another --state-dir",
+            folder.display()
+        ),
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
     }
 }
@@ -156,13 +192,19 @@ fn lock_state(folder: &Path) -> Result<File> {
 /// The folder of the sockets must be ours alone: in /tmp somebody else could have made it first.
 fn check_run_dir(folder: &Path) -> Result<()> {
     make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
-    let own = std::fs::metadata("/proc/self").context("reading the own user id")?.uid();
+    let own = std::fs::metadata("/proc/self")
+        .context("reading the own user id")?
+        .uid();
     let found = std::fs::symlink_metadata(folder).with_context(|| format!("reading {}", folder.display()))?;
     if !found.is_dir() || found.uid() != own {
         bail!("{} belongs to somebody else: use another --run-dir", folder.display());
     }
     if found.mode() & 0o077 != 0 {
-        bail!("{} is open to others (mode {:o}): chmod 700 it", folder.display(), found.mode() & 0o777);
+        bail!(
+            "{} is open to others (mode {:o}): chmod 700 it",
+            folder.display(),
+            found.mode() & 0o777
+        );
     }
     Ok(())
 }

@@ -67,7 +67,13 @@ pub fn decide_end(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>, tail: 
         None => (None, None),
     };
     let (reason, message) = decide_reason(record, vmm, forced);
-    End { reason, exit_code, signal, message: clean_text(&message, MAX_MESSAGE), tail }
+    End {
+        reason,
+        exit_code,
+        signal,
+        message: clean_text(&message, MAX_MESSAGE),
+        tail,
+    }
 }
 
 fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (EndReason, String) {
@@ -76,9 +82,10 @@ fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (End
     {
         let limit = record.deadline_s;
         return match reason {
-            EndReason::DeadlineExceeded if limit > 0 => {
-                (reason, format!("ran longer than spec.activeDeadlineSeconds ({limit} s)"))
-            }
+            EndReason::DeadlineExceeded if limit > 0 => (
+                reason,
+                format!("ran longer than spec.activeDeadlineSeconds ({limit} s)"),
+            ),
             _ => (reason, exit_text(record.exit.as_ref(), "was told to end")),
         };
     }
@@ -88,20 +95,26 @@ fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (End
     match (forced, vmm) {
         (Some(Forced::Refused { reason, message }), _) => (*reason, message.clone()),
         // What the machine itself said is nearer to the cause than our own time limit.
-        (_, VmmEnd::KernelPanic { message }) => (EndReason::KernelPanic, format!("the guest's kernel panicked: {message}")),
+        (_, VmmEnd::KernelPanic { message }) => (
+            EndReason::KernelPanic,
+            format!("the guest's kernel panicked: {message}"),
+        ),
         (Some(Forced::BootTimeout { message }), _) => (EndReason::BootTimeout, message.clone()),
         (Some(Forced::InitLost { message }), _) => (EndReason::InitLost, message.clone()),
-        (None, _) if record.stop.is_some() => {
-            (EndReason::Evicted, "was told to end, and ended without an exit report".to_owned())
-        }
+        (None, _) if record.stop.is_some() => (
+            EndReason::Evicted,
+            "was told to end, and ended without an exit report".to_owned(),
+        ),
         (None, VmmEnd::Crashed { message }) => (EndReason::VmmCrashed, message.clone()),
-        (None, VmmEnd::Clean) => {
-            (EndReason::InitLost, "the microVM ended without an exit report of its init; no exit code is known".to_owned())
-        }
+        (None, VmmEnd::Clean) => (
+            EndReason::InitLost,
+            "the microVM ended without an exit report of its init; no exit code is known".to_owned(),
+        ),
         (None, VmmEnd::NeverBooted) => (EndReason::Evicted, "ended before its microVM was started".to_owned()),
-        (None, VmmEnd::Vanished { blade_rebooted: true }) => {
-            (EndReason::BladeRebooted, "the blade was started anew while the agent ran".to_owned())
-        }
+        (None, VmmEnd::Vanished { blade_rebooted: true }) => (
+            EndReason::BladeRebooted,
+            "the blade was started anew while the agent ran".to_owned(),
+        ),
         (None, VmmEnd::Vanished { blade_rebooted: false }) => (
             EndReason::InitLost,
             "the microVM is gone and left neither an exit report nor a record of its end".to_owned(),
@@ -122,7 +135,9 @@ fn decide_by_report(exit: &ExitReport) -> (EndReason, String) {
 }
 
 fn exit_text(exit: Option<&ExitReport>, otherwise: &str) -> String {
-    let Some(exit) = exit else { return format!("{otherwise}; no exit report") };
+    let Some(exit) = exit else {
+        return format!("{otherwise}; no exit report");
+    };
     if !exit.start_error.is_empty() {
         return format!("the payload could not be started: {}", exit.start_error);
     }
@@ -130,8 +145,16 @@ fn exit_text(exit: Option<&ExitReport>, otherwise: &str) -> String {
         ExitHow::Code(code) => format!("exited with code {code}"),
         ExitHow::Signal(signal) => format!("was ended by signal {signal}"),
     };
-    let oom = if exit.oom_killed { "; the guest ran out of memory (spec.memory)" } else { "" };
-    let told = if otherwise.is_empty() { String::new() } else { format!("{otherwise}, ") };
+    let oom = if exit.oom_killed {
+        "; the guest ran out of memory (spec.memory)"
+    } else {
+        ""
+    };
+    let told = if otherwise.is_empty() {
+        String::new()
+    } else {
+        format!("{otherwise}, ")
+    };
     format!("{told}{how}{oom}")
 }
 
@@ -157,12 +180,21 @@ pub fn next_alarm(record: &Record, boot_timeout: Duration) -> Option<(UnixMs, Al
         alarms.push((after(order.at, seconds(order.grace_s) + STOP_MARGIN), Alarm::Kill(None)));
     } else if let Some(booted_at) = record.booted_at {
         if record.started_at.is_none() {
-            let message = format!("the guest's init started no payload within {} s", boot_timeout.as_secs());
-            alarms.push((after(booted_at, boot_timeout), Alarm::Kill(Some(Forced::BootTimeout { message }))));
+            let message = format!(
+                "the guest's init started no payload within {} s",
+                boot_timeout.as_secs()
+            );
+            alarms.push((
+                after(booted_at, boot_timeout),
+                Alarm::Kill(Some(Forced::BootTimeout { message })),
+            ));
         }
     } else {
         let message = format!("no Hello of the guest's init within {} s", boot_timeout.as_secs());
-        alarms.push((after(spawn.at, boot_timeout), Alarm::Kill(Some(Forced::BootTimeout { message }))));
+        alarms.push((
+            after(spawn.at, boot_timeout),
+            Alarm::Kill(Some(Forced::BootTimeout { message })),
+        ));
     }
     if record.deadline_s > 0 && record.stop.is_none() && record.exit.is_none() {
         alarms.push((after(spawn.at, seconds(record.deadline_s)), Alarm::Deadline));
@@ -188,14 +220,26 @@ pub fn clean_text(text: &str, max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Fact, StopOrder, tests::{fresh, spawning}};
+    use crate::record::{
+        Fact, StopOrder,
+        tests::{fresh, spawning},
+    };
 
     fn report(how: ExitHow, oom_killed: bool, start_error: &str) -> ExitReport {
-        ExitReport { at: 9, how, oom_killed, start_error: start_error.into() }
+        ExitReport {
+            at: 9,
+            how,
+            oom_killed,
+            start_error: start_error.into(),
+        }
     }
 
     fn record(exit: Option<ExitReport>, stop: Option<Option<EndReason>>) -> Record {
-        let stop = stop.map(|reason| StopOrder { at: 5, grace_s: 3, reason });
+        let stop = stop.map(|reason| StopOrder {
+            at: 5,
+            grace_s: 3,
+            reason,
+        });
         Record { exit, stop, ..fresh() }
     }
 
@@ -203,31 +247,181 @@ mod tests {
     fn each_end_has_its_reason() {
         use EndReason as R;
         use ExitHow::{Code, Signal};
-        let crash = || VmmEnd::Crashed { message: "signal 11".into() };
-        let panic = || VmmEnd::KernelPanic { message: "Attempted to kill init".into() };
+        let crash = || VmmEnd::Crashed {
+            message: "signal 11".into(),
+        };
+        let panic = || VmmEnd::KernelPanic {
+            message: "Attempted to kill init".into(),
+        };
         let timeout = || Some(Forced::BootTimeout { message: "t".into() });
         let cases = [
-            ("exit 0", record(Some(report(Code(0), false, "")), None), VmmEnd::Clean, None, R::Completed, Some(0), None),
-            ("exit 3", record(Some(report(Code(3), false, "")), None), VmmEnd::Clean, None, R::Error, Some(3), None),
-            ("signal", record(Some(report(Signal(11), false, "")), None), VmmEnd::Clean, None, R::Signal, None, Some(11)),
-            ("oom", record(Some(report(Signal(9), true, "")), None), VmmEnd::Clean, None, R::OomKilled, None, Some(9)),
-            ("oom of a child, exit 0", record(Some(report(Code(0), true, "")), None), VmmEnd::Clean, None, R::Completed, Some(0), None),
-            ("not started", record(Some(report(Code(127), false, "exec")), None), VmmEnd::Clean, None, R::Error, Some(127), None),
-            ("report, then the VMM crashed", record(Some(report(Code(0), false, "")), None), crash(), None, R::Completed, Some(0), None),
-            ("evicted after exit 0", record(Some(report(Code(0), false, "")), Some(Some(R::Evicted))), VmmEnd::Clean, None, R::Evicted, Some(0), None),
-            ("deadline, killed", record(None, Some(Some(R::DeadlineExceeded))), VmmEnd::Clean, None, R::DeadlineExceeded, None, None),
-            ("deleted, ended by TERM", record(Some(report(Signal(15), false, "")), Some(None)), VmmEnd::Clean, None, R::Signal, None, Some(15)),
-            ("deleted, no report", record(None, Some(None)), VmmEnd::Clean, None, R::Evicted, None, None),
-            ("no report", record(None, None), VmmEnd::Clean, None, R::InitLost, None, None),
+            (
+                "exit 0",
+                record(Some(report(Code(0), false, "")), None),
+                VmmEnd::Clean,
+                None,
+                R::Completed,
+                Some(0),
+                None,
+            ),
+            (
+                "exit 3",
+                record(Some(report(Code(3), false, "")), None),
+                VmmEnd::Clean,
+                None,
+                R::Error,
+                Some(3),
+                None,
+            ),
+            (
+                "signal",
+                record(Some(report(Signal(11), false, "")), None),
+                VmmEnd::Clean,
+                None,
+                R::Signal,
+                None,
+                Some(11),
+            ),
+            (
+                "oom",
+                record(Some(report(Signal(9), true, "")), None),
+                VmmEnd::Clean,
+                None,
+                R::OomKilled,
+                None,
+                Some(9),
+            ),
+            (
+                "oom of a child, exit 0",
+                record(Some(report(Code(0), true, "")), None),
+                VmmEnd::Clean,
+                None,
+                R::Completed,
+                Some(0),
+                None,
+            ),
+            (
+                "not started",
+                record(Some(report(Code(127), false, "exec")), None),
+                VmmEnd::Clean,
+                None,
+                R::Error,
+                Some(127),
+                None,
+            ),
+            (
+                "report, then the VMM crashed",
+                record(Some(report(Code(0), false, "")), None),
+                crash(),
+                None,
+                R::Completed,
+                Some(0),
+                None,
+            ),
+            (
+                "evicted after exit 0",
+                record(Some(report(Code(0), false, "")), Some(Some(R::Evicted))),
+                VmmEnd::Clean,
+                None,
+                R::Evicted,
+                Some(0),
+                None,
+            ),
+            (
+                "deadline, killed",
+                record(None, Some(Some(R::DeadlineExceeded))),
+                VmmEnd::Clean,
+                None,
+                R::DeadlineExceeded,
+                None,
+                None,
+            ),
+            (
+                "deleted, ended by TERM",
+                record(Some(report(Signal(15), false, "")), Some(None)),
+                VmmEnd::Clean,
+                None,
+                R::Signal,
+                None,
+                Some(15),
+            ),
+            (
+                "deleted, no report",
+                record(None, Some(None)),
+                VmmEnd::Clean,
+                None,
+                R::Evicted,
+                None,
+                None,
+            ),
+            (
+                "no report",
+                record(None, None),
+                VmmEnd::Clean,
+                None,
+                R::InitLost,
+                None,
+                None,
+            ),
             ("crash", record(None, None), crash(), None, R::VmmCrashed, None, None),
             ("panic", record(None, None), panic(), None, R::KernelPanic, None, None),
-            ("panic before Hello", record(None, None), panic(), timeout(), R::KernelPanic, None, None),
-            ("no Hello", record(None, None), VmmEnd::Clean, timeout(), R::BootTimeout, None, None),
-            ("other nonce", record(None, None), VmmEnd::Clean, Some(Forced::InitLost { message: "n".into() }), R::InitLost, None, None),
-            ("gone", record(None, None), VmmEnd::Vanished { blade_rebooted: false }, None, R::InitLost, None, None),
-            ("rebooted", record(None, None), VmmEnd::Vanished { blade_rebooted: true }, None, R::BladeRebooted, None, None),
-            ("no image", record(None, None), VmmEnd::NeverBooted,
-                Some(Forced::Refused { reason: R::ImageError, message: "spec.image".into() }), R::ImageError, None, None),
+            (
+                "panic before Hello",
+                record(None, None),
+                panic(),
+                timeout(),
+                R::KernelPanic,
+                None,
+                None,
+            ),
+            (
+                "no Hello",
+                record(None, None),
+                VmmEnd::Clean,
+                timeout(),
+                R::BootTimeout,
+                None,
+                None,
+            ),
+            (
+                "other nonce",
+                record(None, None),
+                VmmEnd::Clean,
+                Some(Forced::InitLost { message: "n".into() }),
+                R::InitLost,
+                None,
+                None,
+            ),
+            (
+                "gone",
+                record(None, None),
+                VmmEnd::Vanished { blade_rebooted: false },
+                None,
+                R::InitLost,
+                None,
+                None,
+            ),
+            (
+                "rebooted",
+                record(None, None),
+                VmmEnd::Vanished { blade_rebooted: true },
+                None,
+                R::BladeRebooted,
+                None,
+                None,
+            ),
+            (
+                "no image",
+                record(None, None),
+                VmmEnd::NeverBooted,
+                Some(Forced::Refused {
+                    reason: R::ImageError,
+                    message: "spec.image".into(),
+                }),
+                R::ImageError,
+                None,
+                None,
+            ),
         ];
         for (why, record, vmm, forced, reason, code, signal) in cases {
             let end = decide_end(&record, &vmm, forced.as_ref(), String::new());
@@ -238,7 +432,11 @@ mod tests {
 
     #[test]
     fn without_a_report_there_is_never_an_exit_code() {
-        for vmm in [VmmEnd::Clean, VmmEnd::NeverBooted, VmmEnd::Vanished { blade_rebooted: false }] {
+        for vmm in [
+            VmmEnd::Clean,
+            VmmEnd::NeverBooted,
+            VmmEnd::Vanished { blade_rebooted: false },
+        ] {
             for stop in [None, Some(None), Some(Some(EndReason::Evicted))] {
                 let end = decide_end(&record(None, stop), &vmm, None, String::new());
                 assert_eq!((end.exit_code, end.signal), (None, None));
@@ -255,12 +453,34 @@ mod tests {
         assert_eq!(next_alarm(&record, boot), None);
         record.apply(Fact::Preparing).unwrap();
         record.apply(spawning(0)).unwrap();
-        assert!(matches!(next_alarm(&record, boot), Some((90_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))));
-        record.apply(Fact::Hello { at: 30_000, nonce: "n".into() }).unwrap();
-        assert!(matches!(next_alarm(&record, boot), Some((120_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))));
-        record.apply(Fact::Ready { at: 40_000, message: String::new() }).unwrap();
+        assert!(matches!(
+            next_alarm(&record, boot),
+            Some((90_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))
+        ));
+        record
+            .apply(Fact::Hello {
+                at: 30_000,
+                nonce: "n".into(),
+            })
+            .unwrap();
+        assert!(matches!(
+            next_alarm(&record, boot),
+            Some((120_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))
+        ));
+        record
+            .apply(Fact::Ready {
+                at: 40_000,
+                message: String::new(),
+            })
+            .unwrap();
         assert_eq!(next_alarm(&record, boot), Some((200_000, Alarm::Deadline)));
-        record.apply(Fact::StopOrdered(StopOrder { at: 50_000, grace_s: 3, reason: None })).unwrap();
+        record
+            .apply(Fact::StopOrdered(StopOrder {
+                at: 50_000,
+                grace_s: 3,
+                reason: None,
+            }))
+            .unwrap();
         assert_eq!(next_alarm(&record, boot), Some((63_000, Alarm::Kill(None))));
         record.apply(Fact::Exited(report(ExitHow::Code(0), false, ""))).unwrap();
         assert_eq!(next_alarm(&record, boot), Some((10_009, Alarm::Kill(None))));

@@ -309,14 +309,25 @@ impl Record {
     /// # Errors
     /// [`Misfit`], and the record is unchanged.
     pub fn apply(&mut self, fact: Fact) -> Result<(), Misfit> {
-        let misfit = |fact| Err(Misfit { phase: self.phase, fact });
+        let misfit = |fact| {
+            Err(Misfit {
+                phase: self.phase,
+                fact,
+            })
+        };
         match fact {
             Fact::Preparing => match self.phase {
                 Phase::Accepted => self.phase = Phase::Preparing,
                 Phase::Preparing => {}
                 Phase::Starting | Phase::Running | Phase::Stopping | Phase::Ended => return misfit("Preparing"),
             },
-            Fact::Spawning { spawn, image_digest, resources, launch, message } => {
+            Fact::Spawning {
+                spawn,
+                image_digest,
+                resources,
+                launch,
+                message,
+            } => {
                 if self.phase != Phase::Preparing || self.spawn.is_some() {
                     return misfit("Spawning");
                 }
@@ -383,7 +394,10 @@ impl Record {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::spec::{check_identity, check_spec, tests::{wire_identity, wire_spec}};
+    use crate::spec::{
+        check_identity, check_spec,
+        tests::{wire_identity, wire_spec},
+    };
     use proptest::prelude::*;
 
     pub(crate) fn fresh() -> Record {
@@ -392,12 +406,21 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn an_end(reason: EndReason) -> End {
-        End { reason, exit_code: None, signal: None, message: String::new(), tail: String::new() }
+        End {
+            reason,
+            exit_code: None,
+            signal: None,
+            message: String::new(),
+            tail: String::new(),
+        }
     }
 
     pub(crate) fn spawning(at: UnixMs) -> Fact {
         Fact::Spawning {
-            spawn: Spawn { at, boot_id: "boot-1".into() },
+            spawn: Spawn {
+                at,
+                boot_id: "boot-1".into(),
+            },
             image_digest: "sha256:0".into(),
             resources: Resources::default(),
             launch: Launch {
@@ -412,19 +435,40 @@ pub(crate) mod tests {
     }
 
     fn exited(at: UnixMs) -> Fact {
-        Fact::Exited(ExitReport { at, how: ExitHow::Code(0), oom_killed: false, start_error: String::new() })
+        Fact::Exited(ExitReport {
+            at,
+            how: ExitHow::Code(0),
+            oom_killed: false,
+            start_error: String::new(),
+        })
     }
 
     fn any_fact() -> impl Strategy<Value = Fact> {
-        let stop = |grace_s| Fact::StopOrdered(StopOrder { at: 5, grace_s, reason: None });
+        let stop = |grace_s| {
+            Fact::StopOrdered(StopOrder {
+                at: 5,
+                grace_s,
+                reason: None,
+            })
+        };
         prop_oneof![
             Just(Fact::Preparing),
             Just(spawning(2)),
-            Just(Fact::Hello { at: 3, nonce: "n".into() }),
-            Just(Fact::Ready { at: 4, message: String::new() }),
+            Just(Fact::Hello {
+                at: 3,
+                nonce: "n".into()
+            }),
+            Just(Fact::Ready {
+                at: 4,
+                message: String::new()
+            }),
             (0_u32..9).prop_map(stop),
             Just(exited(6)),
-            Just(Fact::Ended { at: 7, end: an_end(EndReason::Completed), vmm_cpu_us: 1 }),
+            Just(Fact::Ended {
+                at: 7,
+                end: an_end(EndReason::Completed),
+                vmm_cpu_us: 1
+            }),
             Just(Fact::Forgotten { at: 8 }),
         ]
     }
@@ -455,10 +499,29 @@ pub(crate) mod tests {
         let road = [
             (Fact::Preparing, Phase::Preparing),
             (spawning(1), Phase::Starting),
-            (Fact::Hello { at: 2, nonce: "n".into() }, Phase::Starting),
-            (Fact::Ready { at: 3, message: String::new() }, Phase::Running),
+            (
+                Fact::Hello {
+                    at: 2,
+                    nonce: "n".into(),
+                },
+                Phase::Starting,
+            ),
+            (
+                Fact::Ready {
+                    at: 3,
+                    message: String::new(),
+                },
+                Phase::Running,
+            ),
             (exited(4), Phase::Running),
-            (Fact::Ended { at: 5, end: an_end(EndReason::Completed), vmm_cpu_us: 0 }, Phase::Ended),
+            (
+                Fact::Ended {
+                    at: 5,
+                    end: an_end(EndReason::Completed),
+                    vmm_cpu_us: 0,
+                },
+                Phase::Ended,
+            ),
         ];
         for (fact, phase) in road {
             record.apply(fact).unwrap();
@@ -478,7 +541,13 @@ pub(crate) mod tests {
     fn a_stop_during_preparation_keeps_the_vmm_from_being_spawned() {
         let mut record = fresh();
         record.apply(Fact::Preparing).unwrap();
-        record.apply(Fact::StopOrdered(StopOrder { at: 1, grace_s: 1, reason: None })).unwrap();
+        record
+            .apply(Fact::StopOrdered(StopOrder {
+                at: 1,
+                grace_s: 1,
+                reason: None,
+            }))
+            .unwrap();
         assert!(record.apply(spawning(2)).is_err());
     }
 }

@@ -64,12 +64,20 @@ pub(crate) struct Remote {
 impl Remote {
     /// Binds the node API's port.
     pub(crate) async fn bind(blade: &str, state_dir: &Path, config: ControllerConfig, api: NodeApi) -> Result<Self> {
-        let listener =
-            TcpListener::bind(config.listen).await.with_context(|| format!("binding --listen {}", config.listen))?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("binding --listen {}", config.listen))?;
         let bound = listener.local_addr().context("reading the bound address")?;
         let endpoint = config.advertise.clone().unwrap_or_else(|| bound.to_string());
         let identity_path = state_dir.join("identity.json");
-        Ok(Self { blade: blade.to_owned(), identity_path, config, listener, endpoint, api })
+        Ok(Self {
+            blade: blade.to_owned(),
+            identity_path,
+            config,
+            listener,
+            endpoint,
+            api,
+        })
     }
 
     /// Where the controller reaches this blade.
@@ -86,8 +94,24 @@ impl Remote {
         shutdown: CancellationToken,
     ) -> Result<()> {
         let (tls, configs) = watch::channel(None);
-        let Self { blade, identity_path, config, listener, endpoint, api } = self;
-        let agent = Agent { blade, file: IdentityFile::new(identity_path), config, endpoint, machine, epochs, images, tls };
+        let Self {
+            blade,
+            identity_path,
+            config,
+            listener,
+            endpoint,
+            api,
+        } = self;
+        let agent = Agent {
+            blade,
+            file: IdentityFile::new(identity_path),
+            config,
+            endpoint,
+            machine,
+            epochs,
+            images,
+            tls,
+        };
         tokio::select! {
             () = shutdown.cancelled() => Ok(()),
             served = serve(listener, configs, api, shutdown.clone()) => served,
@@ -207,11 +231,14 @@ impl Agent {
                 std::fs::read_to_string(path).with_context(|| format!("reading --controller-ca {}", path.display()))?
             }
         };
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).domain_name(CONTROLLER_NAME);
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(ca))
+            .domain_name(CONTROLLER_NAME);
         let tls = match identity {
-            Some(identity) => {
-                tls.identity(tonic::transport::Identity::from_pem(&identity.certificate_pem, &identity.key_pem))
-            }
+            Some(identity) => tls.identity(tonic::transport::Identity::from_pem(
+                &identity.certificate_pem,
+                &identity.key_pem,
+            )),
             None => tls,
         };
         let channel = Endpoint::from_shared(self.config.url.clone())
@@ -227,9 +254,16 @@ impl Agent {
     }
 
     async fn join(&self) -> Result<Identity> {
-        let path = self.config.token_file.as_ref().context("this blade has no valid certificate: give a fresh token with --join-token-file")?;
+        let path = self
+            .config
+            .token_file
+            .as_ref()
+            .context("this blade has no valid certificate: give a fresh token with --join-token-file")?;
         let token = std::fs::read_to_string(path).with_context(|| {
-            format!("this blade has no valid certificate, and the join token {} cannot be read", path.display())
+            format!(
+                "this blade has no valid certificate, and the join token {} cannot be read",
+                path.display()
+            )
         })?;
         let request = Request::new(&self.blade)?;
         let mut client = self.connect(None).await?;
@@ -255,7 +289,9 @@ impl Agent {
     async fn renew(&self, client: &mut BladesClient<Channel>) -> Result<Identity> {
         let request = Request::new(&self.blade)?;
         let answer = client
-            .renew(RenewRequest { csr_pem: request.csr_pem.clone() })
+            .renew(RenewRequest {
+                csr_pem: request.csr_pem.clone(),
+            })
             .await
             .context("renewing the certificate")?
             .into_inner();
@@ -274,7 +310,11 @@ impl Agent {
             capacity: Some(capacity),
             labels: self.config.labels.clone().into_iter().collect(),
         };
-        let answer = client.heartbeat(request).await.context("sending a heartbeat")?.into_inner();
+        let answer = client
+            .heartbeat(request)
+            .await
+            .context("sending a heartbeat")?
+            .into_inner();
         if answer.epoch > 0
             && let Err(error) = self.epochs.check(Origin::Controller, answer.epoch)
         {

@@ -73,8 +73,15 @@ pub struct FileSpec {
 
 impl fmt::Debug for Env {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let value = if self.secret { Some("(secret)") } else { self.value.as_deref() };
-        f.debug_struct("Env").field("name", &self.name).field("value", &value).finish()
+        let value = if self.secret {
+            Some("(secret)")
+        } else {
+            self.value.as_deref()
+        };
+        f.debug_struct("Env")
+            .field("name", &self.name)
+            .field("value", &value)
+            .finish()
     }
 }
 
@@ -109,8 +116,14 @@ impl Spec {
     #[must_use]
     pub fn without_secrets(&self) -> SpecWithoutSecrets {
         let mut spec = self.clone();
-        spec.env.iter_mut().filter(|env| env.secret).for_each(|env| env.value = None);
-        spec.files.iter_mut().filter(|file| file.secret).for_each(|file| file.data = None);
+        spec.env
+            .iter_mut()
+            .filter(|env| env.secret)
+            .for_each(|env| env.value = None);
+        spec.files
+            .iter_mut()
+            .filter(|file| file.secret)
+            .for_each(|file| file.data = None);
         SpecWithoutSecrets {
             image: spec.image,
             cpu_millis: spec.cpu_millis,
@@ -177,7 +190,10 @@ pub struct InvalidField {
 }
 
 fn invalid<T>(field: impl Into<String>, problem: impl Into<String>) -> Result<T, InvalidField> {
-    Err(InvalidField { field: field.into(), problem: problem.into() })
+    Err(InvalidField {
+        field: field.into(),
+        problem: problem.into(),
+    })
 }
 
 /// Checks an identity of the wire.
@@ -185,24 +201,37 @@ fn invalid<T>(field: impl Into<String>, problem: impl Into<String>) -> Result<T,
 /// # Errors
 /// The field at fault.
 pub fn check_identity(identity: Option<wire::Identity>) -> Result<Identity, InvalidField> {
-    let Some(identity) = identity else { return invalid("identity", "is missing") };
+    let Some(identity) = identity else {
+        return invalid("identity", "is missing");
+    };
     let is_uid = (1..=64).contains(&identity.uid.len())
-        && identity.uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        && identity
+            .uid
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     if !is_uid {
         return invalid("identity.uid", "must be 1 to 64 bytes of [A-Za-z0-9-]");
     }
     if identity.attempt == 0 {
         return invalid("identity.attempt", "must be 1 or more");
     }
-    for (field, text) in [("identity.namespace", &identity.namespace), ("identity.name", &identity.name)] {
+    for (field, text) in [
+        ("identity.namespace", &identity.namespace),
+        ("identity.name", &identity.name),
+    ] {
         let is_name = text.len() <= 253
-            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.');
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.');
         if !is_name {
             return invalid(field, "must be at most 253 bytes of [a-z0-9.-]");
         }
     }
     Ok(Identity {
-        key: AttemptKey { uid: identity.uid, attempt: identity.attempt },
+        key: AttemptKey {
+            uid: identity.uid,
+            attempt: identity.attempt,
+        },
         namespace: identity.namespace,
         name: identity.name,
     })
@@ -213,13 +242,21 @@ pub fn check_identity(identity: Option<wire::Identity>) -> Result<Identity, Inva
 /// # Errors
 /// The first field at fault.
 pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
-    let Some(spec) = spec else { return invalid("spec", "is missing") };
+    let Some(spec) = spec else {
+        return invalid("spec", "is missing");
+    };
     check_image(&spec.image)?;
     if !(1..=64_000).contains(&spec.cpu_millis) {
-        return invalid("spec.cpu", format!("{} thousandths of a core are outside 1 to 64000", spec.cpu_millis));
+        return invalid(
+            "spec.cpu",
+            format!("{} thousandths of a core are outside 1 to 64000", spec.cpu_millis),
+        );
     }
     if !(64..=1_048_576).contains(&spec.memory_mib) {
-        return invalid("spec.memory", format!("{} MiB are outside 64 to 1048576", spec.memory_mib));
+        return invalid(
+            "spec.memory",
+            format!("{} MiB are outside 64 to 1048576", spec.memory_mib),
+        );
     }
     if let Some(entrypoint) = &spec.entrypoint {
         check_path("spec.entrypoint", entrypoint)?;
@@ -227,10 +264,16 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     if let Some(working_dir) = &spec.working_dir
         && (!working_dir.starts_with('/') || working_dir.len() > MAX_PATH || working_dir.contains('\0'))
     {
-        return invalid("spec.workingDir", "must be an absolute path of at most 4095 bytes without NUL");
+        return invalid(
+            "spec.workingDir",
+            "must be an absolute path of at most 4095 bytes without NUL",
+        );
     }
     if spec.termination_grace_s > MAX_GRACE_S {
-        return invalid("spec.terminationGracePeriodSeconds", format!("must be at most {MAX_GRACE_S}"));
+        return invalid(
+            "spec.terminationGracePeriodSeconds",
+            format!("must be at most {MAX_GRACE_S}"),
+        );
     }
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
@@ -243,12 +286,21 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         env: spec
             .env
             .into_iter()
-            .map(|env| Env { name: env.name, secret: env.secret, value: Some(env.value) })
+            .map(|env| Env {
+                name: env.name,
+                secret: env.secret,
+                value: Some(env.value),
+            })
             .collect(),
         files: spec
             .files
             .into_iter()
-            .map(|file| FileSpec { path: file.path, mode: file.mode, secret: file.secret, data: Some(file.data) })
+            .map(|file| FileSpec {
+                path: file.path,
+                mode: file.mode,
+                secret: file.secret,
+                data: Some(file.data),
+            })
             .collect(),
         grace_s: spec.termination_grace_s,
         deadline_s: spec.active_deadline_s,
@@ -271,7 +323,10 @@ fn check_args_and_env(spec: &wire::AgentSpec) -> Result<(), InvalidField> {
     }
     for (n, env) in spec.env.iter().enumerate() {
         if !(1..=255).contains(&env.name.len()) || env.name.contains(['=', '\0']) {
-            return invalid(format!("spec.env[{n}].name"), "must be 1 to 255 bytes without '=' and NUL");
+            return invalid(
+                format!("spec.env[{n}].name"),
+                "must be 1 to 255 bytes without '=' and NUL",
+            );
         }
         if env.value.contains('\0') {
             return invalid(format!("spec.env[{n}].value"), "must not contain NUL");
@@ -279,7 +334,11 @@ fn check_args_and_env(spec: &wire::AgentSpec) -> Result<(), InvalidField> {
     }
     // Each string costs a pointer in the guest's execve(2) as well.
     let total = spec.args.iter().map(|arg| arg.len() + 9).sum::<usize>()
-        + spec.env.iter().map(|env| env.name.len() + env.value.len() + 10).sum::<usize>();
+        + spec
+            .env
+            .iter()
+            .map(|env| env.name.len() + env.value.len() + 10)
+            .sum::<usize>();
     if total > MAX_ARGS_AND_ENV {
         return invalid(
             "spec.args",
@@ -314,15 +373,24 @@ fn check_files(files: &[wire::File]) -> Result<(), InvalidField> {
             return invalid(format!("spec.files[{n}].mode"), "must be at most 0777");
         }
     }
-    if let Some(path) = seen.iter().find(|path| path.rmatch_indices('/').any(|(at, _)| seen.contains(&path[..at]))) {
+    if let Some(path) = seen
+        .iter()
+        .find(|path| path.rmatch_indices('/').any(|(at, _)| seen.contains(&path[..at])))
+    {
         return invalid("spec.files", format!("{path} lies below another file of the list"));
     }
     let bytes: usize = files.iter().map(|file| file.data.len()).sum();
     if bytes > MAX_FILES_BYTES {
-        return invalid("spec.files", format!("{bytes} bytes together, at most {MAX_FILES_BYTES}"));
+        return invalid(
+            "spec.files",
+            format!("{bytes} bytes together, at most {MAX_FILES_BYTES}"),
+        );
     }
     if files.iter().map(|file| file.path.len()).sum::<usize>() > MAX_PATH_BYTES {
-        return invalid("spec.files", format!("the paths together take more than {MAX_PATH_BYTES} bytes"));
+        return invalid(
+            "spec.files",
+            format!("the paths together take more than {MAX_PATH_BYTES} bytes"),
+        );
     }
     Ok(())
 }
@@ -342,7 +410,8 @@ mod base64_bytes {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<u8>>, D::Error> {
         let text = Option::<String>::deserialize(deserializer)?;
-        text.map(|text| STANDARD.decode(text).map_err(D::Error::custom)).transpose()
+        text.map(|text| STANDARD.decode(text).map_err(D::Error::custom))
+            .transpose()
     }
 }
 
@@ -351,7 +420,12 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn wire_identity(uid: &str, attempt: u32) -> wire::Identity {
-        wire::Identity { uid: uid.into(), attempt, namespace: "default".into(), name: "a".into() }
+        wire::Identity {
+            uid: uid.into(),
+            attempt,
+            namespace: "default".into(),
+            name: "a".into(),
+        }
     }
 
     pub(crate) fn wire_spec() -> wire::AgentSpec {
@@ -362,12 +436,30 @@ pub(crate) mod tests {
             entrypoint: Some("/usr/local/bin/tiffany".into()),
             args: vec!["--task".into(), "embedder".into()],
             env: vec![
-                wire::EnvVar { name: "PLAIN".into(), value: "visible".into(), secret: false },
-                wire::EnvVar { name: "TOKEN".into(), value: "s3cret-env".into(), secret: true },
+                wire::EnvVar {
+                    name: "PLAIN".into(),
+                    value: "visible".into(),
+                    secret: false,
+                },
+                wire::EnvVar {
+                    name: "TOKEN".into(),
+                    value: "s3cret-env".into(),
+                    secret: true,
+                },
             ],
             files: vec![
-                wire::File { path: "/task/a.md".into(), mode: 0o444, data: b"# a".to_vec(), secret: false },
-                wire::File { path: "/task/key".into(), mode: 0o400, data: b"s3cret-file".to_vec(), secret: true },
+                wire::File {
+                    path: "/task/a.md".into(),
+                    mode: 0o444,
+                    data: b"# a".to_vec(),
+                    secret: false,
+                },
+                wire::File {
+                    path: "/task/key".into(),
+                    mode: 0o400,
+                    data: b"s3cret-file".to_vec(),
+                    secret: true,
+                },
             ],
             termination_grace_s: 5,
             active_deadline_s: 0,
@@ -420,8 +512,20 @@ pub(crate) mod tests {
             ("identity.uid", wire_identity("../x", 1)),
             ("identity.uid", wire_identity(&"a".repeat(65), 1)),
             ("identity.attempt", wire_identity("u", 0)),
-            ("identity.name", wire::Identity { name: "a\nb".into(), ..wire_identity("u", 1) }),
-            ("identity.namespace", wire::Identity { namespace: "a/b".into(), ..wire_identity("u", 1) }),
+            (
+                "identity.name",
+                wire::Identity {
+                    name: "a\nb".into(),
+                    ..wire_identity("u", 1)
+                },
+            ),
+            (
+                "identity.namespace",
+                wire::Identity {
+                    namespace: "a/b".into(),
+                    ..wire_identity("u", 1)
+                },
+            ),
         ];
         for (field, identity) in cases {
             assert_eq!(check_identity(Some(identity)).unwrap_err().field, field);

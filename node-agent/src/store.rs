@@ -25,7 +25,10 @@ impl Store {
         // Archives whose upload a crash cut off.
         crate::files::remove_dir(&incoming)?;
         crate::files::make_private_dir(&incoming)?;
-        Ok(Self { images: ImageStore::open(folder.join("store"))?, incoming })
+        Ok(Self {
+            images: ImageStore::open(folder.join("store"))?,
+            incoming,
+        })
     }
 }
 
@@ -50,7 +53,11 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn stored(image: Image) -> StoredImage {
-    StoredImage { digest: image.digest, references: image.references, size_bytes: image.size_bytes }
+    StoredImage {
+        digest: image.digest,
+        references: image.references,
+        size_bytes: image.size_bytes,
+    }
 }
 
 impl Images for Store {

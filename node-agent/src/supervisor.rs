@@ -58,9 +58,21 @@ pub enum Refusal {
 }
 
 enum Command {
-    Ensure { identity: Identity, spec: Box<Spec>, reply: oneshot::Sender<Result<Entry, Refusal>> },
-    Stop { identity: Identity, grace_s: Option<u32>, reason: Option<EndReason>, reply: oneshot::Sender<Result<Stopping, Refusal>> },
-    Forget { key: AttemptKey, reply: oneshot::Sender<Result<(), Refusal>> },
+    Ensure {
+        identity: Identity,
+        spec: Box<Spec>,
+        reply: oneshot::Sender<Result<Entry, Refusal>>,
+    },
+    Stop {
+        identity: Identity,
+        grace_s: Option<u32>,
+        reason: Option<EndReason>,
+        reply: oneshot::Sender<Result<Stopping, Refusal>>,
+    },
+    Forget {
+        key: AttemptKey,
+        reply: oneshot::Sender<Result<(), Refusal>>,
+    },
 }
 
 /// A stop that was handed over.
@@ -88,8 +100,12 @@ impl Supervisor {
             handles: BTreeMap::new(),
             signals: BTreeMap::new(),
         };
-        let live: BTreeSet<VmId> =
-            loaded.records.iter().filter(|(record, _)| !record.is_ended()).map(|(record, _)| record.vm_id.clone()).collect();
+        let live: BTreeSet<VmId> = loaded
+            .records
+            .iter()
+            .filter(|(record, _)| !record.is_ended())
+            .map(|(record, _)| record.vm_id.clone())
+            .collect();
         let known: BTreeSet<VmId> = loaded
             .records
             .iter()
@@ -111,7 +127,9 @@ impl Supervisor {
     }
 
     async fn ask<T>(&self, command: Command, answer: oneshot::Receiver<Result<T, Refusal>>) -> Result<T, Refusal> {
-        self.commands.try_send(command).map_err(|_| Refusal::Busy("too many calls at once, or it shuts down"))?;
+        self.commands
+            .try_send(command)
+            .map_err(|_| Refusal::Busy("too many calls at once, or it shuts down"))?;
         answer.await.unwrap_or(Err(Refusal::Busy("it shuts down")))
     }
 
@@ -121,22 +139,48 @@ impl Supervisor {
     /// [`Refusal`]; nothing was recorded then.
     pub async fn ensure(&self, identity: Identity, spec: Spec) -> Result<Entry, Refusal> {
         let (reply, answer) = oneshot::channel();
-        self.ask(Command::Ensure { identity, spec: Box::new(spec), reply }, answer).await
+        self.ask(
+            Command::Ensure {
+                identity,
+                spec: Box::new(spec),
+                reply,
+            },
+            answer,
+        )
+        .await
     }
 
     /// See `StopAgent` in node.proto. Answers once the order is in the ledger.
     ///
     /// # Errors
     /// [`Refusal`]; the order was not recorded then.
-    pub async fn stop(&self, identity: Identity, grace_s: Option<u32>, reason: Option<EndReason>) -> Result<Entry, Refusal> {
+    pub async fn stop(
+        &self,
+        identity: Identity,
+        grace_s: Option<u32>,
+        reason: Option<EndReason>,
+    ) -> Result<Entry, Refusal> {
         let (reply, answer) = oneshot::channel();
         let key = identity.key.clone();
-        let Stopping(done) = self.ask(Command::Stop { identity, grace_s, reason, reply }, answer).await?;
+        let Stopping(done) = self
+            .ask(
+                Command::Stop {
+                    identity,
+                    grace_s,
+                    reason,
+                    reply,
+                },
+                answer,
+            )
+            .await?;
         if let Some(done) = done {
             // A task that ended meanwhile drops the sender: the board tells.
             let _ = done.await;
         }
-        self.blade.board.entry(&key).ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
+        self.blade
+            .board
+            .entry(&key)
+            .ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
     }
 
     /// See `ForgetAgent` in node.proto.
@@ -160,12 +204,18 @@ pub fn admit(cpu_millis: u32, memory_mib: u32, running: &[(u32, u32)], room: Roo
         return Err(format!("the blade runs {} microVMs, its limit", running.len()));
     }
     if cpu_used + u64::from(cpu_millis) > room.cpu_millis {
-        return Err(format!("spec.cpu asks for {cpu_millis} thousandths of a core, {} of {} are free",
-            room.cpu_millis.saturating_sub(cpu_used), room.cpu_millis));
+        return Err(format!(
+            "spec.cpu asks for {cpu_millis} thousandths of a core, {} of {} are free",
+            room.cpu_millis.saturating_sub(cpu_used),
+            room.cpu_millis
+        ));
     }
     if memory_used + u64::from(memory_mib) > room.memory_mib {
-        return Err(format!("spec.memory asks for {memory_mib} MiB, {} of {} are free",
-            room.memory_mib.saturating_sub(memory_used), room.memory_mib));
+        return Err(format!(
+            "spec.memory asks for {memory_mib} MiB, {} of {} are free",
+            room.memory_mib.saturating_sub(memory_used),
+            room.memory_mib
+        ));
     }
     Ok(())
 }
@@ -202,7 +252,11 @@ impl Actor {
     fn spawn(&mut self, record: Arc<Record>, spec: Option<Spec>, broken: bool) {
         let key = record.identity.key.clone();
         let (send, requests) = mpsc::channel(REQUESTS);
-        let signal = self.signals.entry(key.clone()).or_insert_with(|| watch::channel(LogSignal::default()).0).clone();
+        let signal = self
+            .signals
+            .entry(key.clone())
+            .or_insert_with(|| watch::channel(LogSignal::default()).0)
+            .clone();
         let task = AgentTask::new(self.blade.clone(), record, spec, requests, signal);
         let task = if broken { task.after_panic() } else { task };
         let id = self.tasks.spawn(task.run()).id();
@@ -231,7 +285,11 @@ impl Actor {
     fn take_over(&mut self, record: Record, spec: Option<Spec>) {
         let record = Arc::new(record);
         let key = record.identity.key.clone();
-        let signal = watch::channel(LogSignal { rounds: 0, is_closed: record.is_ended() }).0;
+        let signal = watch::channel(LogSignal {
+            rounds: 0,
+            is_closed: record.is_ended(),
+        })
+        .0;
         self.blade.board.publish(record.clone(), false, &signal.subscribe());
         self.signals.insert(key, signal);
         if !record.is_ended() {
@@ -244,7 +302,12 @@ impl Actor {
     async fn clean_up(&mut self, live: BTreeSet<VmId>, known: BTreeSet<VmId>) {
         let blade = self.blade.clone();
         let found = tokio::task::spawn_blocking(move || {
-            let folders: Vec<_> = blade.host.leftovers().into_iter().filter(|vm| !live.contains(vm)).collect();
+            let folders: Vec<_> = blade
+                .host
+                .leftovers()
+                .into_iter()
+                .filter(|vm| !live.contains(vm))
+                .collect();
             let logs: Vec<_> = std::fs::read_dir(&blade.logs)
                 .into_iter()
                 .flatten()
@@ -275,7 +338,12 @@ impl Actor {
             Command::Ensure { identity, spec, reply } => {
                 let _ = reply.send(self.ensure(identity, *spec).await);
             }
-            Command::Stop { identity, grace_s, reason, reply } => {
+            Command::Stop {
+                identity,
+                grace_s,
+                reason,
+                reply,
+            } => {
                 let _ = reply.send(self.stop(identity, grace_s, reason).await);
             }
             Command::Forget { key, reply } => {
@@ -294,13 +362,22 @@ impl Actor {
             return Ok(entry);
         }
         let (entries, _) = self.blade.board.entries();
-        for other in entries.iter().map(|entry| &entry.record).filter(|other| other.identity.key.uid == key.uid) {
+        for other in entries
+            .iter()
+            .map(|entry| &entry.record)
+            .filter(|other| other.identity.key.uid == key.uid)
+        {
             let newer = other.identity.key.attempt;
             if newer > key.attempt {
-                return Err(Refusal::NewerKnown { asked: key.attempt, newer });
+                return Err(Refusal::NewerKnown {
+                    asked: key.attempt,
+                    newer,
+                });
             }
             if !other.is_ended() {
-                return Err(Refusal::NoRoom(format!("attempt {newer} of this agent has not ended here")));
+                return Err(Refusal::NoRoom(format!(
+                    "attempt {newer} of this agent has not ended here"
+                )));
             }
         }
         let mut record = Record::accepted(identity, &spec, self.blade.clock.now());
@@ -319,7 +396,10 @@ impl Actor {
         let record = self.record(record, false).await?;
         self.spawn(record, Some(spec), false);
         self.forget_oldest(&entries).await;
-        self.blade.board.entry(&key).ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
+        self.blade
+            .board
+            .entry(&key)
+            .ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
     }
 
     async fn refuse_damaged(&mut self, mut record: Record) -> Result<Entry, Refusal> {
@@ -327,13 +407,21 @@ impl Actor {
             reason: EndReason::InitLost,
             exit_code: None,
             signal: None,
-            message: "the blade's record of this attempt was damaged: it may have run, and is not booted again".to_owned(),
+            message: "the blade's record of this attempt was damaged: it may have run, and is not booted again"
+                .to_owned(),
             tail: String::new(),
         };
         let key = record.identity.key.clone();
-        let _ = record.apply(Fact::Ended { at: self.blade.clock.now(), end, vmm_cpu_us: 0 });
+        let _ = record.apply(Fact::Ended {
+            at: self.blade.clock.now(),
+            end,
+            vmm_cpu_us: 0,
+        });
         self.record(record, true).await?;
-        self.blade.board.entry(&key).ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
+        self.blade
+            .board
+            .entry(&key)
+            .ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
     }
 
     /// Into the ledger, then onto the board.
@@ -351,20 +439,30 @@ impl Actor {
         Ok(record)
     }
 
-    async fn stop(&mut self, identity: Identity, grace_s: Option<u32>, reason: Option<EndReason>) -> Result<Stopping, Refusal> {
+    async fn stop(
+        &mut self,
+        identity: Identity,
+        grace_s: Option<u32>,
+        reason: Option<EndReason>,
+    ) -> Result<Stopping, Refusal> {
         let key = identity.key.clone();
         match self.blade.board.entry(&key) {
             None => {
-                self.record(Record::ended_before_it_began(identity, self.blade.clock.now()), true).await?;
+                self.record(Record::ended_before_it_began(identity, self.blade.clock.now()), true)
+                    .await?;
                 Ok(Stopping(None))
             }
             Some(entry) if entry.record.is_ended() => Ok(Stopping(None)),
             Some(_) => {
-                let Some(handle) = self.handles.get(&key) else { return Ok(Stopping(None)) };
+                let Some(handle) = self.handles.get(&key) else {
+                    return Ok(Stopping(None));
+                };
                 let (done, ordered) = oneshot::channel();
                 match handle.try_send(Request::Stop { grace_s, reason, done }) {
                     Ok(()) => Ok(Stopping(Some(ordered))),
-                    Err(mpsc::error::TrySendError::Full(_)) => Err(Refusal::Busy("the agent has too many requests waiting")),
+                    Err(mpsc::error::TrySendError::Full(_)) => {
+                        Err(Refusal::Busy("the agent has too many requests waiting"))
+                    }
                     Err(mpsc::error::TrySendError::Closed(_)) => Ok(Stopping(None)), // It ends just now.
                 }
             }
@@ -372,13 +470,21 @@ impl Actor {
     }
 
     async fn forget(&mut self, key: &AttemptKey) -> Result<(), Refusal> {
-        let Some(entry) = self.blade.board.entry(key) else { return Ok(()) };
+        let Some(entry) = self.blade.board.entry(key) else {
+            return Ok(());
+        };
         if !entry.record.is_ended() {
             return Err(Refusal::StillRuns(key.clone()));
         }
         let mut record = (*entry.record).clone();
         let is_tombstone = record.forgotten_at.is_some();
-        if is_tombstone || record.apply(Fact::Forgotten { at: self.blade.clock.now() }).is_err() {
+        if is_tombstone
+            || record
+                .apply(Fact::Forgotten {
+                    at: self.blade.clock.now(),
+                })
+                .is_err()
+        {
             return Ok(());
         }
         // The end's words go with the logs; that it ended, and how, stays.
@@ -415,7 +521,11 @@ impl Actor {
     async fn sweep(&mut self) {
         let (entries, _) = self.blade.board.entries();
         let now = self.blade.clock.now();
-        for record in entries.iter().map(|entry| &entry.record).filter(|record| is_tombstone_over(record, now)) {
+        for record in entries
+            .iter()
+            .map(|entry| &entry.record)
+            .filter(|record| is_tombstone_over(record, now))
+        {
             let (blade, vm) = (self.blade.clone(), record.vm_id.clone());
             let removed = run_blocking(move || {
                 if let Err(error) = blade.ledger.remove(&vm) {
@@ -431,7 +541,9 @@ impl Actor {
     }
 }
 
-async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, LedgerError> + Send + 'static) -> Result<T, Refusal> {
+async fn run_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, LedgerError> + Send + 'static,
+) -> Result<T, Refusal> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(Refusal::Ledger),
         Err(_) => Err(Refusal::Busy("a fault in far-node; see its log")),
@@ -444,17 +556,26 @@ mod tests {
 
     #[test]
     fn admission_says_what_is_missing() {
-        let room = Room { cpu_millis: 2000, memory_mib: 1024, max_vms: 2 };
-        let cases: [(&str, u32, u32, &[(u32, u32)], Option<&str>); 6] = [
-            ("empty blade", 2000, 1024, &[], None),
-            ("fits exactly", 1000, 512, &[(1000, 512)], None),
-            ("cpu", 1001, 1, &[(1000, 512)], Some("spec.cpu")),
-            ("memory", 1, 513, &[(1000, 512)], Some("spec.memory")),
-            ("too many", 1, 1, &[(1, 1), (1, 1)], Some("2 microVMs")),
-            ("no overflow", u32::MAX, u32::MAX, &[(u32::MAX, u32::MAX)], Some("spec.cpu")),
+        let room = Room {
+            cpu_millis: 2000,
+            memory_mib: 1024,
+            max_vms: 2,
+        };
+        let cases = [
+            ("empty blade", (2000, 1024), vec![], None),
+            ("fits exactly", (1000, 512), vec![(1000, 512)], None),
+            ("cpu", (1001, 1), vec![(1000, 512)], Some("spec.cpu")),
+            ("memory", (1, 513), vec![(1000, 512)], Some("spec.memory")),
+            ("too many", (1, 1), vec![(1, 1), (1, 1)], Some("2 microVMs")),
+            (
+                "no overflow",
+                (u32::MAX, u32::MAX),
+                vec![(u32::MAX, u32::MAX)],
+                Some("spec.cpu"),
+            ),
         ];
-        for (why, cpu, memory, running, expected) in cases {
-            match (admit(cpu, memory, running, room), expected) {
+        for (why, (cpu, memory), running, expected) in cases {
+            match (admit(cpu, memory, &running, room), expected) {
                 (Ok(()), None) => {}
                 (Err(text), Some(part)) => assert!(text.contains(part), "{why}: {text}"),
                 (got, expected) => panic!("{why}: {got:?}, not {expected:?}"),

@@ -14,7 +14,10 @@ use tokio_util::sync::CancellationToken;
 /// Another process serves it, or it cannot be bound.
 pub(crate) async fn bind(path: &Path) -> Result<UnixListener> {
     if UnixStream::connect(path).await.is_ok() {
-        bail!("another far-node serves {}: stop it, or use another --run-dir", path.display());
+        bail!(
+            "another far-node serves {}: stop it, or use another --run-dir",
+            path.display()
+        );
     }
     // Bound beside and renamed: the path never names a socket with other permissions or one that nobody accepts.
     let beside = path.with_extension("new");
@@ -27,7 +30,11 @@ pub(crate) async fn bind(path: &Path) -> Result<UnixListener> {
 }
 
 /// Serves until `shutdown`.
-pub(crate) async fn serve(socket: UnixListener, service: NodeServer<NodeApi>, shutdown: CancellationToken) -> Result<()> {
+pub(crate) async fn serve(
+    socket: UnixListener,
+    service: NodeServer<NodeApi>,
+    shutdown: CancellationToken,
+) -> Result<()> {
     tonic::transport::Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), shutdown.cancelled_owned())

@@ -27,7 +27,9 @@ pub(crate) fn timestamp_of_ns(at: u64) -> Timestamp {
 /// Nanoseconds since the epoch; before it: 0.
 pub(crate) fn ns_of(at: Timestamp) -> u64 {
     let seconds = u64::try_from(at.seconds).unwrap_or(0);
-    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(at.nanos).unwrap_or(0))
+    seconds
+        .saturating_mul(1_000_000_000)
+        .saturating_add(u64::try_from(at.nanos).unwrap_or(0))
 }
 
 fn phase(phase: Phase) -> wire::Phase {
@@ -129,5 +131,9 @@ pub(crate) fn agent_state(entry: &Entry) -> wire::AgentState {
 }
 
 pub(crate) fn image(image: StoredImage) -> wire::Image {
-    wire::Image { digest: image.digest, references: image.references, size_bytes: image.size_bytes }
+    wire::Image {
+        digest: image.digest,
+        references: image.references,
+        size_bytes: image.size_bytes,
+    }
 }

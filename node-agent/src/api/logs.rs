@@ -51,13 +51,18 @@ pub(super) fn stream(
         Ok(proto::Stream::Stderr) => Some(Stream::Stderr),
         Err(_) => return Err(Status::invalid_argument("stream: unknown")),
     };
-    let filter = Filter { stream: only, since_ns: request.since.map_or(0, wire::ns_of) };
+    let filter = Filter {
+        stream: only,
+        since_ns: request.since.map_or(0, wire::ns_of),
+    };
     let (follow, tail_lines) = (request.follow, request.tail_lines);
     let start = async move {
         let skip_lines = match tail_lines {
             Some(lines) => {
                 let folder = folder.clone();
-                super::blocking(move || lines_before_tail(&folder, filter, u64::from(lines))).await?.map_err(unreadable)?
+                super::blocking(move || lines_before_tail(&folder, filter, u64::from(lines)))
+                    .await?
+                    .map_err(unreadable)?
             }
             None => 0,
         };
@@ -165,32 +170,69 @@ mod tests {
         let mut writer = LogWriter::open(folder, 1 << 20).unwrap();
         for (stream, text) in pieces {
             let seq = writer.stored().of(*stream) + 1;
-            writer.append(&[LogRecord { stream: *stream, seq, time_ns: seq * 1_000_000_000, data: text.as_bytes().to_vec() }]);
+            writer.append(&[LogRecord {
+                stream: *stream,
+                seq,
+                time_ns: seq * 1_000_000_000,
+                data: text.as_bytes().to_vec(),
+            }]);
         }
         writer
     }
 
     async fn read(folder: &Path, request: proto::LogsRequest) -> String {
-        let signal = watch::channel(LogSignal { rounds: 0, is_closed: true }).1;
+        let signal = watch::channel(LogSignal {
+            rounds: 0,
+            is_closed: true,
+        })
+        .1;
         let chunks: Vec<_> = stream(folder.to_owned(), signal, &request).unwrap().collect().await;
-        chunks.into_iter().map(|chunk| String::from_utf8(chunk.unwrap().data).unwrap()).collect()
+        chunks
+            .into_iter()
+            .map(|chunk| String::from_utf8(chunk.unwrap().data).unwrap())
+            .collect()
     }
 
     #[tokio::test]
     async fn the_request_picks_lines_stream_and_time() {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), &[(Stream::Stdout, "a\nb"), (Stream::Stderr, "err\n"), (Stream::Stdout, "c\nd\nun"), (Stream::Stdout, "done")]);
+        write(
+            folder.path(),
+            &[
+                (Stream::Stdout, "a\nb"),
+                (Stream::Stderr, "err\n"),
+                (Stream::Stdout, "c\nd\nun"),
+                (Stream::Stdout, "done"),
+            ],
+        );
         let request = proto::LogsRequest::default;
-        let tail = |lines| proto::LogsRequest { tail_lines: Some(lines), stream: 1, ..request() };
+        let tail = |lines| proto::LogsRequest {
+            tail_lines: Some(lines),
+            stream: 1,
+            ..request()
+        };
         assert_eq!(read(folder.path(), request()).await, "a\nberr\nc\nd\nundone");
         assert_eq!(read(folder.path(), tail(0)).await, "");
         assert_eq!(read(folder.path(), tail(1)).await, "undone");
         assert_eq!(read(folder.path(), tail(3)).await, "bc\nd\nundone");
         assert_eq!(read(folder.path(), tail(99)).await, "a\nbc\nd\nundone");
         let since = Some(prost_types::Timestamp { seconds: 2, nanos: 0 });
-        assert_eq!(read(folder.path(), proto::LogsRequest { since, ..request() }).await, "c\nd\nundone");
-        assert_eq!(read(folder.path(), proto::LogsRequest { stream: 2, ..request() }).await, "err\n");
-        assert!(stream(folder.path().to_owned(), watch::channel(LogSignal::default()).1, &proto::LogsRequest { stream: 9, ..request() }).is_err());
+        assert_eq!(
+            read(folder.path(), proto::LogsRequest { since, ..request() }).await,
+            "c\nd\nundone"
+        );
+        assert_eq!(
+            read(folder.path(), proto::LogsRequest { stream: 2, ..request() }).await,
+            "err\n"
+        );
+        assert!(
+            stream(
+                folder.path().to_owned(),
+                watch::channel(LogSignal::default()).1,
+                &proto::LogsRequest { stream: 9, ..request() }
+            )
+            .is_err()
+        );
     }
 
     #[tokio::test]
@@ -198,10 +240,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = write(folder.path(), &[(Stream::Stdout, "one\n")]);
         let (send, signal) = watch::channel(LogSignal::default());
-        let request = proto::LogsRequest { follow: true, ..proto::LogsRequest::default() };
+        let request = proto::LogsRequest {
+            follow: true,
+            ..proto::LogsRequest::default()
+        };
         let mut chunks = stream(folder.path().to_owned(), signal, &request).unwrap();
         assert_eq!(chunks.next().await.unwrap().unwrap().data, b"one\n");
-        writer.append(&[LogRecord { stream: Stream::Stdout, seq: 2, time_ns: 1, data: b"two\n".to_vec() }]);
+        writer.append(&[LogRecord {
+            stream: Stream::Stdout,
+            seq: 2,
+            time_ns: 1,
+            data: b"two\n".to_vec(),
+        }]);
         send.send_modify(|signal| signal.rounds += 1);
         assert_eq!(chunks.next().await.unwrap().unwrap().data, b"two\n");
         send.send_modify(|signal| signal.is_closed = true);

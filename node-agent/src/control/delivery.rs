@@ -52,7 +52,10 @@ pub(crate) fn launch(
 ) -> Result<Launch, LaunchError> {
     let bytes = image.env.iter().map(|env| env.len() + 10).sum();
     if bytes > MAX_IMAGE_ENV {
-        return Err(LaunchError::Environment { image: spec.image.clone(), bytes });
+        return Err(LaunchError::Environment {
+            image: spec.image.clone(),
+            bytes,
+        });
     }
     let mut command = match &spec.entrypoint {
         Some(entrypoint) => vec![entrypoint.clone()],
@@ -65,9 +68,14 @@ pub(crate) fn launch(
     }
     let mut command = command.into_iter();
     let Some(name) = command.next().filter(|name| !name.is_empty()) else {
-        return Err(LaunchError::NoProgram { image: spec.image.clone() });
+        return Err(LaunchError::NoProgram {
+            image: spec.image.clone(),
+        });
     };
-    let missing = || LaunchError::Missing { path: name.clone(), image: spec.image.clone() };
+    let missing = || LaunchError::Missing {
+        path: name.clone(),
+        image: spec.image.clone(),
+    };
     let program = if name.starts_with('/') {
         if has_file(&name) == Some(false) {
             return Err(missing());
@@ -86,7 +94,11 @@ pub(crate) fn launch(
         program,
         args: command.collect(),
         image_env: image.env.clone(),
-        working_dir: if working_dir.is_empty() { "/".to_owned() } else { working_dir },
+        working_dir: if working_dir.is_empty() {
+            "/".to_owned()
+        } else {
+            working_dir
+        },
         user: image.user.clone(),
     })
 }
@@ -98,11 +110,17 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
         .iter()
         .filter_map(|entry| entry.split_once('='))
         .filter(|(name, _)| !name.is_empty() && name.len() <= 255)
-        .map(|(name, value)| guest::EnvVar { name: name.to_owned(), value: value.to_owned() })
+        .map(|(name, value)| guest::EnvVar {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        })
         .collect();
     for own in &spec.env {
         env.retain(|other| other.name != own.name);
-        env.push(guest::EnvVar { name: own.name.clone(), value: own.value.clone()? });
+        env.push(guest::EnvVar {
+            name: own.name.clone(),
+            value: own.value.clone()?,
+        });
     }
     let (mut files, mut chunks) = (Vec::new(), Vec::new());
     for (index, file) in (0_u32..).zip(&spec.files) {
@@ -114,8 +132,14 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
             sha256: Sha256::digest(data).to_vec(),
         });
         for (n, part) in (0_u64..).zip(data.chunks(MAX_CHUNK)) {
-            let chunk = FileChunk { file: index, offset: n * MAX_CHUNK as u64, data: part.to_vec() };
-            chunks.push(HostMessage { kind: Some(Kind::FileChunk(chunk)) });
+            let chunk = FileChunk {
+                file: index,
+                offset: n * MAX_CHUNK as u64,
+                data: part.to_vec(),
+            };
+            chunks.push(HostMessage {
+                kind: Some(Kind::FileChunk(chunk)),
+            });
         }
     }
     let mut entropy = vec![0; ENTROPY];
@@ -133,10 +157,17 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
         termination_grace_s: spec.grace_s,
         nic: None,
     };
-    let mut messages = vec![HostMessage { kind: Some(Kind::Config(config)) }];
-    debug_assert!(messages[0].encoded_len() <= MAX_BODY, "the bounds of spec and image keep a Config in one frame");
+    let mut messages = vec![HostMessage {
+        kind: Some(Kind::Config(config)),
+    }];
+    debug_assert!(
+        messages[0].encoded_len() <= MAX_BODY,
+        "the bounds of spec and image keep a Config in one frame"
+    );
     messages.extend(chunks);
-    messages.push(HostMessage { kind: Some(Kind::Start(Start {})) });
+    messages.push(HostMessage {
+        kind: Some(Kind::Start(Start {})),
+    });
     Some(messages)
 }
 
@@ -171,7 +202,10 @@ mod tests {
         ];
         for (why, spec, expected) in cases {
             let launch = launch(&spec, &image(), |_| Some(true)).unwrap();
-            let told = std::iter::once(launch.program).chain(launch.args).collect::<Vec<_>>().join(" ");
+            let told = std::iter::once(launch.program)
+                .chain(launch.args)
+                .collect::<Vec<_>>()
+                .join(" ");
             assert_eq!(told, expected, "{why}");
             assert_eq!(launch.working_dir, "/");
         }
@@ -181,12 +215,25 @@ mod tests {
     fn a_program_that_the_image_lacks_names_the_field() {
         let mut spec = check_spec(Some(wire_spec())).unwrap();
         let error = launch(&spec, &image(), |_| Some(false)).unwrap_err().to_string();
-        assert!(error.contains("spec.entrypoint") && error.contains("/usr/local/bin/tiffany"), "{error}");
+        assert!(
+            error.contains("spec.entrypoint") && error.contains("/usr/local/bin/tiffany"),
+            "{error}"
+        );
         spec.entrypoint = None;
         spec.args.clear();
-        let bare = ImageSettings { entrypoint: vec![], cmd: vec![], ..image() };
-        assert!(matches!(launch(&spec, &bare, |_| None), Err(LaunchError::NoProgram { .. })));
-        let relative = ImageSettings { entrypoint: vec!["tool".into()], ..image() };
+        let bare = ImageSettings {
+            entrypoint: vec![],
+            cmd: vec![],
+            ..image()
+        };
+        assert!(matches!(
+            launch(&spec, &bare, |_| None),
+            Err(LaunchError::NoProgram { .. })
+        ));
+        let relative = ImageSettings {
+            entrypoint: vec!["tool".into()],
+            ..image()
+        };
         let found = launch(&spec, &relative, |path| Some(path == "/opt/bin/tool")).unwrap();
         assert_eq!(found.program, "/opt/bin/tool");
     }
@@ -198,7 +245,9 @@ mod tests {
         let spec = check_spec(Some(wire)).unwrap();
         let launch = launch(&spec, &image(), |_| None).unwrap();
         let messages = messages(&launch, &spec, "Embedder_1", 5).unwrap();
-        let Some(Kind::Config(config)) = &messages[0].kind else { panic!("{messages:?}") };
+        let Some(Kind::Config(config)) = &messages[0].kind else {
+            panic!("{messages:?}")
+        };
         let plain: Vec<_> = config.env.iter().filter(|env| env.name == "PLAIN").collect();
         assert_eq!((plain.len(), plain[0].value.as_str()), (1, "visible"));
         assert_eq!(config.hostname, "embedder-1");

@@ -45,7 +45,11 @@ impl Listener {
         crate::files::remove_file(path)?;
         let socket = UnixListener::bind(path)?;
         let (send, dialled) = mpsc::channel(2);
-        Ok(Self { path: path.to_owned(), dialled, accepting: tokio::spawn(accept(socket, send)) })
+        Ok(Self {
+            path: path.to_owned(),
+            dialled,
+            accepting: tokio::spawn(accept(socket, send)),
+        })
     }
 
     /// The next connection that said Hello. Cancel-safe.
@@ -70,9 +74,8 @@ async fn accept(socket: UnixListener, dialled: mpsc::Sender<Dialled>) {
                 Ok((stream, _)) if handshakes.len() < MAX_HANDSHAKES => {
                     let dialled = dialled.clone();
                     handshakes.spawn(async move {
-                        match tokio::time::timeout(HELLO_LIMIT, read_hello(stream)).await {
-                            Ok(Some(hello)) => { let _ = dialled.send(hello).await; }
-                            Ok(None) | Err(_) => {}
+                        if let Ok(Some(hello)) = tokio::time::timeout(HELLO_LIMIT, read_hello(stream)).await {
+                            let _ = dialled.send(hello).await;
                         }
                     });
                 }
@@ -91,7 +94,11 @@ async fn read_hello(mut stream: UnixStream) -> Option<Dialled> {
         match decoder.next::<GuestMessage>() {
             Ok(Some(message)) => {
                 return match check_hello(message) {
-                    Ok(greeting) => Some(Dialled { greeting, stream, decoder }),
+                    Ok(greeting) => Some(Dialled {
+                        greeting,
+                        stream,
+                        decoder,
+                    }),
                     Err(violation) => {
                         tracing::warn!(error = %violation, "a control connection was refused");
                         None

@@ -33,8 +33,17 @@ pub(crate) struct Greeting {
 
 /// Checks the first message of a connection.
 pub(crate) fn check_hello(message: GuestMessage) -> Result<Greeting, Violation> {
-    let Some(Kind::Hello(hello)) = message.kind else { return violation("the first message is not Hello") };
-    let Hello { lowest_generation, highest_generation, boot_nonce, init_version, stage, boot_ns: _ } = hello;
+    let Some(Kind::Hello(hello)) = message.kind else {
+        return violation("the first message is not Hello");
+    };
+    let Hello {
+        lowest_generation,
+        highest_generation,
+        boot_nonce,
+        init_version,
+        stage,
+        boot_ns: _,
+    } = hello;
     if lowest_generation == 0 || lowest_generation > highest_generation {
         return violation("Hello has no valid range of generations");
     }
@@ -46,13 +55,19 @@ pub(crate) fn check_hello(message: GuestMessage) -> Result<Greeting, Violation> 
     if boot_nonce.len() != 16 {
         return violation("Hello has no boot nonce of 16 bytes");
     }
-    if init_version.len() > 64 || init_version.bytes().any(|byte| !(byte.is_ascii_graphic() || byte == b' ')) {
+    if init_version.len() > 64
+        || init_version
+            .bytes()
+            .any(|byte| !(byte.is_ascii_graphic() || byte == b' '))
+    {
         return violation("Hello's version is not at most 64 bytes of printable ASCII");
     }
     match Stage::try_from(stage) {
-        Ok(stage @ (Stage::WaitingForConfig | Stage::Running | Stage::Exited)) => {
-            Ok(Greeting { nonce: hex::encode(boot_nonce), stage, init_version })
-        }
+        Ok(stage @ (Stage::WaitingForConfig | Stage::Running | Stage::Exited)) => Ok(Greeting {
+            nonce: hex::encode(boot_nonce),
+            stage,
+            init_version,
+        }),
         Ok(Stage::Unspecified) | Err(_) => violation("Hello has no known stage"),
     }
 }
@@ -67,7 +82,11 @@ pub(crate) enum Step {
     /// The guest lives.
     Heartbeat,
     /// The payload ended; complete only when [`Protocol::is_exit_complete`].
-    Exit { how: ExitHow, oom_killed: bool, start_error: String },
+    Exit {
+        how: ExitHow,
+        oom_killed: bool,
+        start_error: String,
+    },
 }
 
 /// Where one connection stands.
@@ -127,8 +146,15 @@ impl Protocol {
             return violation("Ready twice or after Exit");
         }
         self.is_ready = true;
-        let warnings: Vec<_> = ready.warnings.iter().take(16).map(|warning| clean_text(warning, 256)).collect();
-        Ok(Step::Ready { message: clean_text(&warnings.join("; "), MAX_MESSAGE) })
+        let warnings: Vec<_> = ready
+            .warnings
+            .iter()
+            .take(16)
+            .map(|warning| clean_text(warning, 256))
+            .collect();
+        Ok(Step::Ready {
+            message: clean_text(&warnings.join("; "), MAX_MESSAGE),
+        })
     }
 
     fn take_log(&mut self, log: guest::Log) -> Result<Step, Violation> {
@@ -151,7 +177,12 @@ impl Protocol {
             return violation("Log after the last one that Exit announced");
         }
         self.seen.set(stream, log.seq);
-        Ok(Step::Log(LogRecord { stream, seq: log.seq, time_ns: log.time_unix_ns, data: log.data }))
+        Ok(Step::Log(LogRecord {
+            stream,
+            seq: log.seq,
+            time_ns: log.time_unix_ns,
+            data: log.data,
+        }))
     }
 
     fn take_exit(&mut self, exit: guest::Exit) -> Result<Step, Violation> {
@@ -170,12 +201,19 @@ impl Protocol {
             Some(How::Signal(signal)) => return violation(format!("Exit with signal {signal}")),
             None => return violation("Exit with neither code nor signal"),
         };
-        let last = Stored { stdout_seq: exit.last_stdout_seq, stderr_seq: exit.last_stderr_seq };
+        let last = Stored {
+            stdout_seq: exit.last_stdout_seq,
+            stderr_seq: exit.last_stderr_seq,
+        };
         if last.stdout_seq < self.seen.stdout_seq || last.stderr_seq < self.seen.stderr_seq {
             return violation("Exit announces less output than was sent");
         }
         self.exit_last = Some(last);
-        Ok(Step::Exit { how, oom_killed: exit.oom_killed, start_error: clean_text(&exit.start_error, MAX_MESSAGE) })
+        Ok(Step::Exit {
+            how,
+            oom_killed: exit.oom_killed,
+            start_error: clean_text(&exit.start_error, MAX_MESSAGE),
+        })
     }
 }
 
@@ -201,11 +239,20 @@ mod tests {
     }
 
     fn log(seq: u64) -> GuestMessage {
-        message(Kind::Log(Log { stream: 1, seq, data: b"x".to_vec(), time_unix_ns: 1 }))
+        message(Kind::Log(Log {
+            stream: 1,
+            seq,
+            data: b"x".to_vec(),
+            time_unix_ns: 1,
+        }))
     }
 
     fn exit(code: u32, last_stdout_seq: u64) -> GuestMessage {
-        message(Kind::Exit(Exit { how: Some(How::Code(code)), last_stdout_seq, ..Exit::default() }))
+        message(Kind::Exit(Exit {
+            how: Some(How::Code(code)),
+            last_stdout_seq,
+            ..Exit::default()
+        }))
     }
 
     fn ready() -> GuestMessage {
@@ -216,13 +263,35 @@ mod tests {
     fn only_a_sound_hello_is_taken() {
         assert!(check_hello(message(Kind::Hello(hello()))).is_ok());
         let bad = [
-            Hello { lowest_generation: 0, ..hello() },
-            Hello { lowest_generation: 3, ..hello() },
-            Hello { lowest_generation: 2, highest_generation: 9, ..hello() },
-            Hello { boot_nonce: vec![], ..hello() },
-            Hello { boot_nonce: vec![0; 17], ..hello() },
-            Hello { init_version: "a\x1b[0m".into(), ..hello() },
-            Hello { init_version: "v".repeat(65), ..hello() },
+            Hello {
+                lowest_generation: 0,
+                ..hello()
+            },
+            Hello {
+                lowest_generation: 3,
+                ..hello()
+            },
+            Hello {
+                lowest_generation: 2,
+                highest_generation: 9,
+                ..hello()
+            },
+            Hello {
+                boot_nonce: vec![],
+                ..hello()
+            },
+            Hello {
+                boot_nonce: vec![0; 17],
+                ..hello()
+            },
+            Hello {
+                init_version: "a\x1b[0m".into(),
+                ..hello()
+            },
+            Hello {
+                init_version: "v".repeat(65),
+                ..hello()
+            },
             Hello { stage: 0, ..hello() },
             Hello { stage: 99, ..hello() },
         ];
@@ -236,7 +305,15 @@ mod tests {
     #[test]
     fn messages_out_of_order_are_violations() {
         let waiting = || Protocol::new(Stage::WaitingForConfig, Stored::default());
-        let running = || Protocol::new(Stage::Running, Stored { stdout_seq: 4, stderr_seq: 0 });
+        let running = || {
+            Protocol::new(
+                Stage::Running,
+                Stored {
+                    stdout_seq: 4,
+                    stderr_seq: 0,
+                },
+            )
+        };
         let cases: Vec<(&str, Protocol, Vec<GuestMessage>)> = vec![
             ("Ready before Start", waiting(), vec![ready()]),
             ("Log before Start", waiting(), vec![log(1)]),
@@ -251,7 +328,14 @@ mod tests {
             ("Ready after Exit", running(), vec![exit(0, 4), ready()]),
             ("Hello twice", running(), vec![message(Kind::Hello(hello()))]),
             ("unknown kind", running(), vec![GuestMessage { kind: None }]),
-            ("signal 0", running(), vec![message(Kind::Exit(Exit { how: Some(How::Signal(0)), ..Exit::default() }))]),
+            (
+                "signal 0",
+                running(),
+                vec![message(Kind::Exit(Exit {
+                    how: Some(How::Signal(0)),
+                    ..Exit::default()
+                }))],
+            ),
         ];
         for (why, mut protocol, mut messages) in cases {
             let last = messages.pop().unwrap();
@@ -264,7 +348,13 @@ mod tests {
 
     #[test]
     fn exit_is_complete_when_the_announced_output_is_there() {
-        let mut protocol = Protocol::new(Stage::Running, Stored { stdout_seq: 4, stderr_seq: 0 });
+        let mut protocol = Protocol::new(
+            Stage::Running,
+            Stored {
+                stdout_seq: 4,
+                stderr_seq: 0,
+            },
+        );
         protocol.take(exit(0, 6)).unwrap();
         assert!(!protocol.is_exit_complete());
         protocol.take(log(5)).unwrap();
@@ -276,7 +366,11 @@ mod tests {
     #[test]
     fn a_payload_that_could_not_be_started_may_end_before_start() {
         let mut protocol = Protocol::new(Stage::WaitingForConfig, Stored::default());
-        let exit = Exit { how: Some(How::Code(127)), start_error: "mounting /dev/vda".into(), ..Exit::default() };
+        let exit = Exit {
+            how: Some(How::Code(127)),
+            start_error: "mounting /dev/vda".into(),
+            ..Exit::default()
+        };
         assert!(protocol.take(message(Kind::Exit(exit))).is_ok());
     }
 

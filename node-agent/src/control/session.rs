@@ -4,7 +4,11 @@ use super::{
     listener::Dialled,
     protocol::{Protocol, Step, Violation},
 };
-use crate::{log_sink::LogSink, logs::{LogRecord, Stored, Stream}, record::ExitHow};
+use crate::{
+    log_sink::LogSink,
+    logs::{LogRecord, Stored, Stream},
+    record::ExitHow,
+};
 use far_proto::{
     frame::{self, Decoder, GENERATION},
     guest::{self, GuestMessage, HostMessage, LogAck, Welcome, host_message::Kind},
@@ -34,10 +38,16 @@ const OUTBOX: usize = 16;
 /// What a session tells its VM task.
 #[derive(Debug)]
 pub(crate) enum SessionEvent {
-    Ready { message: String },
+    Ready {
+        message: String,
+    },
     Heartbeat,
     /// The exit report arrived.
-    Exit { how: ExitHow, oom_killed: bool, start_error: String },
+    Exit {
+        how: ExitHow,
+        oom_killed: bool,
+        start_error: String,
+    },
     /// All output that the report announced is stored.
     ExitComplete,
     /// The connection is over; with what the guest did wrong, if that is why.
@@ -142,8 +152,16 @@ where
                     Ok(Step::Log(record)) => output.push(record),
                     Ok(Step::Heartbeat) => others.push(SessionEvent::Heartbeat),
                     Ok(Step::Ready { message }) => others.push(SessionEvent::Ready { message }),
-                    Ok(Step::Exit { how, oom_killed, start_error }) => {
-                        others.push(SessionEvent::Exit { how, oom_killed, start_error });
+                    Ok(Step::Exit {
+                        how,
+                        oom_killed,
+                        start_error,
+                    }) => {
+                        others.push(SessionEvent::Exit {
+                            how,
+                            oom_killed,
+                            start_error,
+                        });
                     }
                     Err(violation) => problem = Some(violation),
                 },
@@ -170,7 +188,11 @@ where
         if problem.is_some() {
             return problem;
         }
-        let limit = if decoder.pending() > 0 { FRAME_LIMIT } else { Duration::MAX };
+        let limit = if decoder.pending() > 0 {
+            FRAME_LIMIT
+        } else {
+            Duration::MAX
+        };
         match tokio::time::timeout(limit, read.read(&mut buffer)).await {
             Ok(Ok(0) | Err(_)) => return None,
             Ok(Ok(length)) => decoder.push(&buffer[..length]),

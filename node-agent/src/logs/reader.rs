@@ -30,7 +30,12 @@ impl LogReader {
     /// A reader at the beginning of what is kept.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), open: None, buffer: Vec::new(), expected: 0 }
+        Self {
+            folder: folder.to_owned(),
+            open: None,
+            buffer: Vec::new(),
+            expected: 0,
+        }
     }
 
     /// The next records, at most some 256 KiB; empty where there are none now.
@@ -44,7 +49,9 @@ impl LogReader {
                 return Ok(records);
             }
             // Look for a successor first, then look here once more: the writer may have written between both.
-            let Some(next) = self.successor()? else { return Ok(Vec::new()) };
+            let Some(next) = self.successor()? else {
+                return Ok(Vec::new());
+            };
             let records = self.read_here()?;
             if !records.is_empty() {
                 return Ok(records);
@@ -67,7 +74,9 @@ impl LogReader {
     }
 
     fn read_here(&mut self) -> io::Result<Vec<ReadRecord>> {
-        let Some((_, file)) = &mut self.open else { return Ok(Vec::new()) };
+        let Some((_, file)) = &mut self.open else {
+            return Ok(Vec::new());
+        };
         let mut records = Vec::new();
         loop {
             let before = self.buffer.len();
@@ -106,12 +115,18 @@ pub fn read_tail(folder: &Path, max_bytes: usize) -> String {
         }
     }
     // The cut may have split a character: its rest is no text.
-    let start = tail.iter().take(3).take_while(|byte| (0x80..0xC0).contains(*byte)).count();
+    let start = tail
+        .iter()
+        .take(3)
+        .take_while(|byte| (0x80..0xC0).contains(*byte))
+        .count();
     let start = if tail.len() == max_bytes { start } else { 0 };
     let mut text = String::from_utf8_lossy(&tail[start..]).into_owned();
     // Each broken byte became three: the bound holds for the text as well.
     if text.len() > max_bytes {
-        let cut = (text.len() - max_bytes..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+        let cut = (text.len() - max_bytes..text.len())
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(text.len());
         text.drain(..cut);
     }
     text
@@ -124,7 +139,12 @@ mod tests {
     use std::fs;
 
     fn record(stream: Stream, seq: u64, data: &[u8]) -> LogRecord {
-        LogRecord { stream, seq, time_ns: seq, data: data.to_vec() }
+        LogRecord {
+            stream,
+            seq,
+            time_ns: seq,
+            data: data.to_vec(),
+        }
     }
 
     fn read_all(reader: &mut LogReader) -> Vec<ReadRecord> {
@@ -139,7 +159,10 @@ mod tests {
     }
 
     fn disk_use(folder: &Path) -> u64 {
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+        fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum()
     }
 
     #[test]
@@ -151,18 +174,32 @@ mod tests {
         assert_eq!(read_all(&mut reader).len(), 2);
         drop(writer);
         let mut writer = LogWriter::open(folder.path(), 1 << 20).unwrap();
-        assert_eq!(writer.stored(), Stored { stdout_seq: 1, stderr_seq: 1 });
-        writer.append(&[record(Stream::Stdout, 1, b"again\n"), record(Stream::Stdout, 2, b"three\n")]);
+        assert_eq!(
+            writer.stored(),
+            Stored {
+                stdout_seq: 1,
+                stderr_seq: 1
+            }
+        );
+        writer.append(&[
+            record(Stream::Stdout, 1, b"again\n"),
+            record(Stream::Stdout, 2, b"three\n"),
+        ]);
         let more = read_all(&mut reader);
         assert_eq!(more.len(), 1);
-        assert_eq!((more[0].record.data.as_slice(), more[0].dropped_bytes), (&b"three\n"[..], 0));
+        assert_eq!(
+            (more[0].record.data.as_slice(), more[0].dropped_bytes),
+            (&b"three\n"[..], 0)
+        );
         assert_eq!(read_tail(folder.path(), 10), "two\nthree\n");
     }
 
     #[test]
     fn a_half_record_of_a_crash_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();
-        LogWriter::open(folder.path(), 1 << 20).unwrap().append(&[record(Stream::Stdout, 1, b"whole")]);
+        LogWriter::open(folder.path(), 1 << 20)
+            .unwrap()
+            .append(&[record(Stream::Stdout, 1, b"whole")]);
         let path = segment_path(folder.path(), 1);
         let mut bytes = fs::read(&path).unwrap();
         let whole = bytes.len();
@@ -193,7 +230,10 @@ mod tests {
         for mut reader in [early, LogReader::new(folder.path())] {
             let before = reader.expected;
             let rest = read_all(&mut reader);
-            let bytes: u64 = rest.iter().map(|read| read.record.data.len() as u64 + read.dropped_bytes).sum();
+            let bytes: u64 = rest
+                .iter()
+                .map(|read| read.record.data.len() as u64 + read.dropped_bytes)
+                .sum();
             assert_eq!(before + bytes, total);
             assert_eq!(rest.last().unwrap().record.seq, 4_000);
         }

@@ -77,7 +77,10 @@ impl LogWriter {
         let mut valid_length = 0;
         for number in &numbers {
             let (entries, length) = scan(&segment_path(folder, *number), |entry| match entry {
-                Entry::Mark { stored: marked, position: at } => (stored, position) = (marked, at),
+                Entry::Mark {
+                    stored: marked,
+                    position: at,
+                } => (stored, position) = (marked, at),
                 Entry::Log { record, position: at } => {
                     stored.set(record.stream, record.seq);
                     position = at + record.data.len() as u64;
@@ -88,8 +91,15 @@ impl LogWriter {
         let number = numbers.last().copied().unwrap_or(1);
         let file = open_segment(&segment_path(folder, number))?;
         file.set_len(valid_length)?;
-        let mut writer =
-            Self { folder: folder.to_owned(), segment_max, number, file, length: valid_length, stored, position };
+        let mut writer = Self {
+            folder: folder.to_owned(),
+            segment_max,
+            number,
+            file,
+            length: valid_length,
+            stored,
+            position,
+        };
         if valid_length == 0 {
             writer.write_mark()?;
         }
@@ -117,7 +127,14 @@ impl LogWriter {
                 self.flush(&mut buffer);
                 self.rotate();
             }
-            encode(&mut buffer, Some(record.stream), record.seq, record.time_ns, self.position, &record.data);
+            encode(
+                &mut buffer,
+                Some(record.stream),
+                record.seq,
+                record.time_ns,
+                self.position,
+                &record.data,
+            );
             self.position += record.data.len() as u64;
             self.stored.set(record.stream, record.seq);
         }
@@ -151,7 +168,10 @@ impl LogWriter {
 
     fn rotate(&mut self) {
         let next = self.number + 1;
-        match self.remove_older().and_then(|()| open_segment(&segment_path(&self.folder, next))) {
+        match self
+            .remove_older()
+            .and_then(|()| open_segment(&segment_path(&self.folder, next)))
+        {
             Ok(file) => {
                 (self.file, self.number, self.length) = (file, next, 0);
                 if let Err(error) = self.write_mark() {
@@ -170,7 +190,10 @@ impl LogWriter {
     }
 
     fn remove_older(&self) -> io::Result<()> {
-        for number in segment_numbers(&self.folder)?.into_iter().filter(|number| *number < self.number) {
+        for number in segment_numbers(&self.folder)?
+            .into_iter()
+            .filter(|number| *number < self.number)
+        {
             crate::files::remove_file(&segment_path(&self.folder, number))?;
         }
         Ok(())
@@ -178,7 +201,14 @@ impl LogWriter {
 
     fn write_mark(&mut self) -> io::Result<()> {
         let mut mark = Vec::new();
-        encode(&mut mark, None, self.stored.stdout_seq, self.stored.stderr_seq, self.position, &[]);
+        encode(
+            &mut mark,
+            None,
+            self.stored.stdout_seq,
+            self.stored.stderr_seq,
+            self.position,
+            &[],
+        );
         self.write(&mark)
     }
 }
@@ -192,14 +222,23 @@ pub(super) fn segment_numbers(folder: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(folder)? {
         let name = entry?.file_name();
-        numbers.extend(name.to_str().and_then(|name| name.strip_suffix(".log")).and_then(|n| n.parse::<u64>().ok()));
+        numbers.extend(
+            name.to_str()
+                .and_then(|name| name.strip_suffix(".log"))
+                .and_then(|n| n.parse::<u64>().ok()),
+        );
     }
     numbers.sort_unstable();
     Ok(numbers)
 }
 
 fn open_segment(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
 }
 
 fn encode(out: &mut Vec<u8>, stream: Option<Stream>, seq: u64, time: u64, position: u64, data: &[u8]) {
@@ -226,9 +265,23 @@ pub(super) fn decode(bytes: &[u8]) -> Option<(Entry, usize)> {
     let number = |at: usize| body[at..].first_chunk::<8>().map(|bytes| u64::from_be_bytes(*bytes));
     let (seq, time, position) = (number(1)?, number(9)?, number(17)?);
     let data = body[FIXED..].to_vec();
-    let log = |stream| Entry::Log { record: LogRecord { stream, seq, time_ns: time, data: data.clone() }, position };
+    let log = |stream| Entry::Log {
+        record: LogRecord {
+            stream,
+            seq,
+            time_ns: time,
+            data: data.clone(),
+        },
+        position,
+    };
     let entry = match body[0] {
-        MARK => Entry::Mark { stored: Stored { stdout_seq: seq, stderr_seq: time }, position },
+        MARK => Entry::Mark {
+            stored: Stored {
+                stdout_seq: seq,
+                stderr_seq: time,
+            },
+            position,
+        },
         1 => log(Stream::Stdout),
         2 => log(Stream::Stderr),
         _ => return None,

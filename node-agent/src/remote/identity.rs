@@ -24,7 +24,9 @@ pub(super) struct Identity {
 
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Identity").field("not_after", &self.not_after).finish_non_exhaustive()
+        f.debug_struct("Identity")
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
     }
 }
 
@@ -46,17 +48,24 @@ impl Request {
     /// A new P-256 key and its request for `<blade>.blade.far.internal`.
     pub(super) fn new(blade: &str) -> Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).context("making a key")?;
-        let mut params =
-            CertificateParams::new(vec![format!("{blade}.blade.far.internal")]).context("making a certificate request")?;
+        let mut params = CertificateParams::new(vec![format!("{blade}.blade.far.internal")])
+            .context("making a certificate request")?;
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, blade);
-        let csr_pem = params.serialize_request(&key).and_then(|csr| csr.pem()).context("making a certificate request")?;
+        let csr_pem = params
+            .serialize_request(&key)
+            .and_then(|csr| csr.pem())
+            .context("making a certificate request")?;
         Ok(Self { key, csr_pem })
     }
 
     /// Checks the answer: the certificate must be for this key.
     pub(super) fn answered(self, certificate_pem: String, ca_pem: String) -> Result<Identity> {
-        let identity = Identity::read(Kept { key_pem: self.key.serialize_pem(), certificate_pem, ca_pem })?;
+        let identity = Identity::read(Kept {
+            key_pem: self.key.serialize_pem(),
+            certificate_pem,
+            ca_pem,
+        })?;
         Ok(identity)
     }
 }
@@ -85,7 +94,10 @@ impl Identity {
 }
 
 fn first_pem(text: &str) -> Result<Pem> {
-    Pem::iter_from_buffer(text.as_bytes()).next().context("no PEM block")?.context("a broken PEM block")
+    Pem::iter_from_buffer(text.as_bytes())
+        .next()
+        .context("no PEM block")?
+        .context("a broken PEM block")
 }
 
 /// Where the identity is kept.

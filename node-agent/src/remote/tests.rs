@@ -10,8 +10,8 @@ use far_proto::{
     node::{EnsureAgentRequest, ListAgentsRequest, LoadImageRequest, node_client::NodeClient},
 };
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose,
-    IsCa, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
 };
 use std::sync::Mutex;
 use tonic::{Code, Response, Status, transport::ServerTlsConfig};
@@ -24,7 +24,9 @@ impl Ca {
         params.distinguished_name.push(DnType::CommonName, "test CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        Arc::new(Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()))
+        Arc::new(Self(
+            CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap(),
+        ))
     }
 
     fn pem(&self) -> String {
@@ -74,21 +76,35 @@ impl Blades for Controller {
         }
         seen.joins += 1;
         let certificate_pem = self.ca.sign(&request.csr_pem, self.certificate_life_s);
-        Ok(Response::new(JoinResponse { certificate_pem, ca_pem: self.ca.pem(), not_after: None }))
+        Ok(Response::new(JoinResponse {
+            certificate_pem,
+            ca_pem: self.ca.pem(),
+            not_after: None,
+        }))
     }
 
     async fn renew(&self, request: tonic::Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         let certificate_pem = self.ca.sign(&request.into_inner().csr_pem, self.certificate_life_s);
         self.seen.lock().unwrap().renewals += 1;
-        Ok(Response::new(RenewResponse { certificate_pem, ca_pem: self.ca.pem(), not_after: None }))
+        Ok(Response::new(RenewResponse {
+            certificate_pem,
+            ca_pem: self.ca.pem(),
+            not_after: None,
+        }))
     }
 
-    async fn heartbeat(&self, request: tonic::Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+    async fn heartbeat(
+        &self,
+        request: tonic::Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
         if request.peer_certs().is_none_or(|certificates| certificates.is_empty()) {
             return Err(Status::unauthenticated("no certificate"));
         }
         self.seen.lock().unwrap().heartbeats.push(request.into_inner());
-        Ok(Response::new(HeartbeatResponse { interval_ms: 100, epoch: 7 }))
+        Ok(Response::new(HeartbeatResponse {
+            interval_ms: 100,
+            epoch: 7,
+        }))
     }
 }
 
@@ -102,7 +118,11 @@ struct Setup {
 impl Setup {
     async fn new(certificate_life_s: i64) -> Self {
         let ca = Ca::new();
-        let controller = Controller { ca: ca.clone(), seen: Arc::default(), certificate_life_s };
+        let controller = Controller {
+            ca: ca.clone(),
+            seen: Arc::default(),
+            certificate_life_s,
+        };
         let (certificate, key) = ca.issue(CONTROLLER_NAME);
         let tls = ServerTlsConfig::new()
             .identity(tonic::transport::Identity::from_pem(certificate, key))
@@ -121,7 +141,12 @@ impl Setup {
         let world = World::new();
         std::fs::write(world.dir.path().join("ca.pem"), ca.pem()).unwrap();
         std::fs::write(world.dir.path().join("token"), "far-join-good\n").unwrap();
-        Self { world, controller, url, _serving: serving }
+        Self {
+            world,
+            controller,
+            url,
+            _serving: serving,
+        }
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -132,7 +157,11 @@ impl Setup {
     async fn blade(&self, tasks: &mut JoinSet<()>) -> (String, CancellationToken) {
         let node = self.world.start().await;
         let shutdown = node.blade.shutdown.clone();
-        let room = Room { cpu_millis: 1000, memory_mib: 1000, max_vms: 1 };
+        let room = Room {
+            cpu_millis: 1000,
+            memory_mib: 1000,
+            max_vms: 1,
+        };
         let machine = Arc::new(Machine {
             cpu_millis: 2000,
             memory_mib: 2000,
@@ -142,7 +171,12 @@ impl Setup {
             host: crate::host::HostFacts::default(),
         });
         let epochs = Arc::new(EpochGuard::open(&self.at("epoch")).unwrap());
-        let api = NodeApi::new(node.supervisor.clone(), machine.clone(), epochs.clone(), Origin::Controller);
+        let api = NodeApi::new(
+            node.supervisor.clone(),
+            machine.clone(),
+            epochs.clone(),
+            Origin::Controller,
+        );
         let config = ControllerConfig {
             url: self.url.clone(),
             ca_file: self.at("ca.pem"),
@@ -151,7 +185,9 @@ impl Setup {
             advertise: None,
             labels: [("zone".to_owned(), "a".to_owned())].into(),
         };
-        let remote = Remote::bind("blade-1", self.world.dir.path(), config, api).await.unwrap();
+        let remote = Remote::bind("blade-1", self.world.dir.path(), config, api)
+            .await
+            .unwrap();
         let address = remote.address();
         let images = node.blade.images.clone();
         let token = shutdown.clone();
@@ -168,7 +204,9 @@ impl Setup {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        timeout(Duration::from_secs(60), wait).await.expect("the controller never saw it");
+        timeout(Duration::from_secs(60), wait)
+            .await
+            .expect("the controller never saw it");
     }
 
     async fn call_as(&self, address: &str, identity: Option<(String, String)>) -> Result<NodeClient<Channel>, String> {
@@ -179,10 +217,16 @@ impl Setup {
             Some((certificate, key)) => tls.identity(tonic::transport::Identity::from_pem(certificate, key)),
             None => tls,
         };
-        let channel = Endpoint::from_shared(format!("https://{address}")).unwrap().tls_config(tls).unwrap();
+        let channel = Endpoint::from_shared(format!("https://{address}"))
+            .unwrap()
+            .tls_config(tls)
+            .unwrap();
         let channel = channel.connect().await.map_err(|error| error.to_string())?;
         let mut client = NodeClient::new(channel);
-        client.list_agents(ListAgentsRequest {}).await.map_err(|status| status.to_string())?;
+        client
+            .list_agents(ListAgentsRequest {})
+            .await
+            .map_err(|status| status.to_string())?;
         Ok(client)
     }
 }
@@ -194,11 +238,21 @@ async fn a_blade_joins_once_serves_only_its_controller_and_comes_back_without_a_
     let (address, shutdown) = setup.blade(&mut tasks).await;
     setup.until(|seen| seen.heartbeats.len() > 2).await;
     let heartbeat = setup.controller.seen.lock().unwrap().heartbeats[0].clone();
-    assert_eq!((heartbeat.endpoint.as_str(), heartbeat.labels["zone"].as_str()), (address.as_str(), "a"));
+    assert_eq!(
+        (heartbeat.endpoint.as_str(), heartbeat.labels["zone"].as_str()),
+        (address.as_str(), "a")
+    );
     assert_eq!(heartbeat.capacity.unwrap().allocatable_memory_mib, 1000);
     assert!(!setup.at("token").exists());
     use std::os::unix::fs::PermissionsExt;
-    assert_eq!(std::fs::metadata(setup.at("identity.json")).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        std::fs::metadata(setup.at("identity.json"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o600
+    );
 
     let ca = &setup.controller.ca;
     let mut client = setup.call_as(&address, Some(ca.issue(CONTROLLER_NAME))).await.unwrap();
@@ -206,20 +260,41 @@ async fn a_blade_joins_once_serves_only_its_controller_and_comes_back_without_a_
     for (who, identity) in [
         ("nobody", None),
         ("another blade", Some(ca.issue("blade-2.blade.far.internal"))),
-        ("a name below the controller's", Some(ca.issue("x.controller.far.internal"))),
+        (
+            "a name below the controller's",
+            Some(ca.issue("x.controller.far.internal")),
+        ),
         ("another CA", Some(stranger.issue(CONTROLLER_NAME))),
     ] {
         assert!(setup.call_as(&address, identity).await.is_err(), "{who}");
     }
 
     // The heartbeat's answer said epoch 7.
-    let old = client.ensure_agent(EnsureAgentRequest { epoch: 6, ..Default::default() }).await.unwrap_err();
+    let old = client
+        .ensure_agent(EnsureAgentRequest {
+            epoch: 6,
+            ..Default::default()
+        })
+        .await
+        .unwrap_err();
     assert_eq!(old.code(), Code::FailedPrecondition);
     let zero = client.ensure_agent(EnsureAgentRequest::default()).await.unwrap_err();
     assert_eq!(zero.code(), Code::FailedPrecondition);
-    let empty = client.ensure_agent(EnsureAgentRequest { epoch: 7, ..Default::default() }).await.unwrap_err();
-    assert_eq!((empty.code(), empty.message()), (Code::InvalidArgument, "identity: is missing"));
-    let load = client.load_image(tokio_stream::iter([LoadImageRequest::default()])).await.unwrap_err();
+    let empty = client
+        .ensure_agent(EnsureAgentRequest {
+            epoch: 7,
+            ..Default::default()
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (empty.code(), empty.message()),
+        (Code::InvalidArgument, "identity: is missing")
+    );
+    let load = client
+        .load_image(tokio_stream::iter([LoadImageRequest::default()]))
+        .await
+        .unwrap_err();
     assert_eq!(load.code(), Code::PermissionDenied);
 
     shutdown.cancel();
@@ -236,7 +311,10 @@ async fn a_certificate_is_renewed_at_half_its_life_and_used_at_once() {
     let mut tasks = JoinSet::new();
     let (address, _shutdown) = setup.blade(&mut tasks).await;
     setup.until(|seen| seen.renewals >= 2).await;
-    setup.call_as(&address, Some(setup.controller.ca.issue(CONTROLLER_NAME))).await.unwrap();
+    setup
+        .call_as(&address, Some(setup.controller.ca.issue(CONTROLLER_NAME)))
+        .await
+        .unwrap();
     let kept = IdentityFile::new(setup.at("identity.json")).load().unwrap().unwrap();
     assert!(kept.not_after > SystemTime::now());
 }
@@ -247,7 +325,12 @@ async fn a_certificate_for_another_key_is_not_taken() {
     let other = Request::new("blade-1").unwrap();
     let own = Request::new("blade-1").unwrap();
     let certificate = ca.sign(&other.csr_pem, 60);
-    assert!(own.answered(certificate, ca.pem()).unwrap_err().to_string().contains("another key"));
+    assert!(
+        own.answered(certificate, ca.pem())
+            .unwrap_err()
+            .to_string()
+            .contains("another key")
+    );
 }
 
 #[test]

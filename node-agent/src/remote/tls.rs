@@ -40,7 +40,9 @@ pub(super) fn server_config(identity: &Identity) -> Result<ServerConfig> {
 }
 
 fn pem_certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
-    CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().context("reading certificates")
+    CertificateDer::pem_slice_iter(pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .context("reading certificates")
 }
 
 /// The usual checks, and the controller's name.
@@ -64,7 +66,9 @@ impl ClientCertVerifier for OnlyController {
         if is_controller(end_entity) {
             Ok(verified)
         } else {
-            Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+            Err(Error::InvalidCertificate(
+                CertificateError::ApplicationVerificationFailure,
+            ))
         }
     }
 
@@ -92,8 +96,12 @@ impl ClientCertVerifier for OnlyController {
 }
 
 fn is_controller(certificate: &CertificateDer<'_>) -> bool {
-    let Ok((_, certificate)) = x509_parser::certificate::X509Certificate::from_der(certificate) else { return false };
-    let Ok(Some(names)) = certificate.subject_alternative_name() else { return false };
+    let Ok((_, certificate)) = x509_parser::certificate::X509Certificate::from_der(certificate) else {
+        return false;
+    };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else {
+        return false;
+    };
     names.value.general_names.iter().any(|name| match name {
         GeneralName::DNSName(name) => *name == CONTROLLER_NAME,
         _ => false, // Other kinds of names name no controller.

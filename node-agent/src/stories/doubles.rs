@@ -10,12 +10,17 @@ use crate::{
     names::{AttemptKey, VmId},
     outcome::VmmEnd,
     record::{End, Phase, Record, Resources},
-    spec::{Identity, Spec, check_identity, check_spec, tests::{wire_identity, wire_spec}},
+    spec::{
+        Identity, Spec, check_identity, check_spec,
+        tests::{wire_identity, wire_spec},
+    },
     supervisor::{Room, Supervisor},
 };
 use far_proto::{
     frame::{self, Decoder},
-    guest::{self, Exit, GuestMessage, Hello, HostMessage, Log, Ready, Stage, exit::How, guest_message::Kind, host_message},
+    guest::{
+        self, Exit, GuestMessage, Hello, HostMessage, Log, Ready, Stage, exit::How, guest_message::Kind, host_message,
+    },
 };
 use futures::{FutureExt, future::BoxFuture};
 use std::{
@@ -51,12 +56,22 @@ struct FakeVm {
 impl FakeHost {
     fn with<T>(&self, vm: &VmId, act: impl FnOnce(&mut FakeVm) -> T) -> T {
         let mut vms = self.vms.lock().unwrap();
-        act(vms.entry(vm.clone()).or_insert_with(|| FakeVm { boots: 0, end: watch::channel(None).0 }))
+        act(vms.entry(vm.clone()).or_insert_with(|| FakeVm {
+            boots: 0,
+            end: watch::channel(None).0,
+        }))
     }
 
     /// The VMM ends by itself.
     pub(crate) fn end(&self, vm: &VmId, end: VmmEnd) {
-        self.with(vm, |vm| vm.end.send_if_modified(|now| now.is_none() && { *now = Some(end); true }));
+        self.with(vm, |vm| {
+            vm.end.send_if_modified(|now| {
+                now.is_none() && {
+                    *now = Some(end);
+                    true
+                }
+            })
+        });
     }
 
     pub(crate) fn boots(&self, vm: &VmId) -> u32 {
@@ -78,11 +93,17 @@ impl VmHost for FakeHost {
     }
 
     fn resources(&self, plan: &VmPlan) -> Resources {
-        Resources { vcpus: plan.vcpus, memory_mib: plan.memory_mib, ..Resources::default() }
+        Resources {
+            vcpus: plan.vcpus,
+            memory_mib: plan.memory_mib,
+            ..Resources::default()
+        }
     }
 
     fn prepare(&self, plan: &VmPlan) -> Result<(), HostError> {
-        fs::create_dir_all(self.folder(&plan.vm)).map_err(|error| HostError { message: error.to_string() })
+        fs::create_dir_all(self.folder(&plan.vm)).map_err(|error| HostError {
+            message: error.to_string(),
+        })
     }
 
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>> {
@@ -120,7 +141,9 @@ impl VmHost for FakeHost {
 
     fn leftovers(&self) -> Vec<VmId> {
         let entries = fs::read_dir(&self.folder).into_iter().flatten();
-        entries.filter_map(|entry| VmId::parse(entry.ok()?.file_name().to_str()?)).collect()
+        entries
+            .filter_map(|entry| VmId::parse(entry.ok()?.file_name().to_str()?))
+            .collect()
     }
 }
 
@@ -130,9 +153,15 @@ struct FakeImages;
 impl Images for FakeImages {
     fn prepare(&self, reference: &str) -> Result<ReadyImage, ImageFault> {
         if reference.contains("unknown") {
-            return Err(ImageFault::Unknown { reference: reference.to_owned() });
+            return Err(ImageFault::Unknown {
+                reference: reference.to_owned(),
+            });
         }
-        Ok(ReadyImage { digest: "sha256:1".into(), rootfs: PathBuf::from("/r"), settings: ImageSettings::default() })
+        Ok(ReadyImage {
+            digest: "sha256:1".into(),
+            rootfs: PathBuf::from("/r"),
+            settings: ImageSettings::default(),
+        })
     }
 
     fn has_file(&self, _: &ReadyImage, path: &str) -> Option<bool> {
@@ -176,8 +205,16 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("vm");
         fs::create_dir(&folder).unwrap();
-        let host = Arc::new(FakeHost { folder, vms: Mutex::default() });
-        Self { dir, host, boot_id: "boot-1".into(), log_max_bytes: 1 << 20 }
+        let host = Arc::new(FakeHost {
+            folder,
+            vms: Mutex::default(),
+        });
+        Self {
+            dir,
+            host,
+            boot_id: "boot-1".into(),
+            log_max_bytes: 1 << 20,
+        }
     }
 
     pub(crate) async fn start(&self) -> Node {
@@ -198,9 +235,17 @@ impl World {
             boot_id: self.boot_id.clone(),
             shutdown: CancellationToken::new(),
         });
-        let room = Room { cpu_millis: 4000, memory_mib: 4096, max_vms: 8 };
+        let room = Room {
+            cpu_millis: 4000,
+            memory_mib: 4096,
+            max_vms: 8,
+        };
         let (supervisor, task) = Supervisor::start(blade.clone(), room, loaded).await;
-        Node { supervisor, blade, task }
+        Node {
+            supervisor,
+            blade,
+            task,
+        }
     }
 
     pub(crate) fn socket(&self, vm: &VmId) -> PathBuf {
@@ -249,7 +294,11 @@ impl Node {
     pub(crate) async fn until(&self, claim: impl Fn(&Record) -> bool) -> Arc<Record> {
         let watch = self.blade.board.watch(0);
         let mut live = watch.live;
-        if let Some(entry) = watch.replay.iter().find(|entry| entry.record.identity.key == key() && claim(&entry.record)) {
+        if let Some(entry) = watch
+            .replay
+            .iter()
+            .find(|entry| entry.record.identity.key == key() && claim(&entry.record))
+        {
             return entry.record.clone();
         }
         let wait = async {
@@ -260,7 +309,9 @@ impl Node {
                 }
             }
         };
-        tokio::time::timeout(LONG, wait).await.expect("the record never got there")
+        tokio::time::timeout(LONG, wait)
+            .await
+            .expect("the record never got there")
     }
 
     pub(crate) async fn until_phase(&self, phase: Phase) -> Arc<Record> {
@@ -308,8 +359,13 @@ impl Guest {
                 }
             }
         };
-        let stream = tokio::time::timeout(Duration::from_secs(60), connect).await.expect("nobody listens");
-        Self { stream, decoder: Decoder::new() }
+        let stream = tokio::time::timeout(Duration::from_secs(60), connect)
+            .await
+            .expect("nobody listens");
+        Self {
+            stream,
+            decoder: Decoder::new(),
+        }
     }
 
     pub(crate) async fn dial(socket: &Path, nonce: u8, stage: Stage) -> Self {
@@ -361,13 +417,23 @@ impl Guest {
                 other => panic!("{other:?} instead of FileChunk or Start"),
             }
         }
-        self.send(Kind::Ready(Ready { pid: 2, ..Ready::default() })).await;
+        self.send(Kind::Ready(Ready {
+            pid: 2,
+            ..Ready::default()
+        }))
+        .await;
         (config, files)
     }
 
     pub(crate) async fn log(&mut self, seq: u64, text: &str) {
         let data = text.as_bytes().to_vec();
-        self.send(Kind::Log(Log { stream: 1, seq, data, time_unix_ns: seq })).await;
+        self.send(Kind::Log(Log {
+            stream: 1,
+            seq,
+            data,
+            time_unix_ns: seq,
+        }))
+        .await;
     }
 
     pub(crate) async fn exit(&mut self, code: u32, last_stdout_seq: u64) {
@@ -398,5 +464,9 @@ pub(crate) fn hello(nonce: u8, stage: Stage) -> Kind {
 }
 
 pub(crate) fn exit(code: u32, last_stdout_seq: u64) -> Kind {
-    Kind::Exit(Exit { how: Some(How::Code(code)), last_stdout_seq, ..Exit::default() })
+    Kind::Exit(Exit {
+        how: Some(How::Code(code)),
+        last_stdout_seq,
+        ..Exit::default()
+    })
 }

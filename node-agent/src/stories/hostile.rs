@@ -138,7 +138,10 @@ async fn a_newer_connection_replaces_the_older_without_gap_or_duplicate() {
 
 #[tokio::test]
 async fn a_flood_fills_neither_disk_nor_memory_and_is_told() {
-    let world = World { log_max_bytes: 256 << 10, ..World::new() };
+    let world = World {
+        log_max_bytes: 256 << 10,
+        ..World::new()
+    };
     let node = world.start().await;
     node.ensure().await;
     let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
@@ -153,14 +156,29 @@ async fn a_flood_fills_neither_disk_nor_memory_and_is_told() {
     let mut write = write;
     let total = 32 << 20;
     for seq in 1..=total / piece.len() as u64 {
-        let log = far_proto::guest::Log { stream: 1, seq, data: piece.clone(), time_unix_ns: 1 };
+        let log = far_proto::guest::Log {
+            stream: 1,
+            seq,
+            data: piece.clone(),
+            time_unix_ns: 1,
+        };
         let mut frame = Vec::new();
-        far_proto::frame::encode(&far_proto::guest::GuestMessage { kind: Some(Kind::Log(log)) }, &mut frame);
+        far_proto::frame::encode(
+            &far_proto::guest::GuestMessage {
+                kind: Some(Kind::Log(log)),
+            },
+            &mut frame,
+        );
         write.write_all(&frame).await.unwrap();
     }
     let mut frame = Vec::new();
     let last = total / piece.len() as u64;
-    far_proto::frame::encode(&far_proto::guest::GuestMessage { kind: Some(exit(0, last)) }, &mut frame);
+    far_proto::frame::encode(
+        &far_proto::guest::GuestMessage {
+            kind: Some(exit(0, last)),
+        },
+        &mut frame,
+    );
     write.write_all(&frame).await.unwrap();
     node.until(|record| record.exit.is_some()).await;
     world.host.end(&vm(), VmmEnd::Clean);
@@ -168,7 +186,10 @@ async fn a_flood_fills_neither_disk_nor_memory_and_is_told() {
     let (kept, dropped) = world.output(&vm());
     assert_eq!(kept.len() as u64 + dropped, total);
     let folder = world.dir.path().join("logs").join(vm().as_str());
-    let on_disk: u64 = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    let on_disk: u64 = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
     assert!(on_disk <= 256 << 10, "{on_disk}");
     acks.abort();
 }
@@ -184,8 +205,18 @@ async fn a_guest_that_takes_no_acknowledgements_is_cut_off_and_may_dial_again() 
     let write = async {
         for seq in 1.. {
             let mut frame = Vec::new();
-            let log = far_proto::guest::Log { stream: 1, seq, data: vec![b'x'], time_unix_ns: 1 };
-            far_proto::frame::encode(&far_proto::guest::GuestMessage { kind: Some(Kind::Log(log)) }, &mut frame);
+            let log = far_proto::guest::Log {
+                stream: 1,
+                seq,
+                data: vec![b'x'],
+                time_unix_ns: 1,
+            };
+            far_proto::frame::encode(
+                &far_proto::guest::GuestMessage {
+                    kind: Some(Kind::Log(log)),
+                },
+                &mut frame,
+            );
             if guest.stream.write_all(&frame).await.is_err() {
                 return seq;
             }

@@ -18,7 +18,12 @@ async fn an_agent_runs_to_its_end_and_leaves_only_its_output() {
     let (config, files) = guest.start().await;
     assert_eq!(config.entrypoint, "/usr/local/bin/tiffany");
     assert_eq!(files, [b"# a".to_vec(), b"s3cret-file".to_vec()]);
-    assert!(config.env.iter().any(|env| env.name == "TOKEN" && env.value == "s3cret-env"));
+    assert!(
+        config
+            .env
+            .iter()
+            .any(|env| env.name == "TOKEN" && env.value == "s3cret-env")
+    );
     node.until_phase(Phase::Running).await;
     guest.log(1, "one\n").await;
     guest.log(2, "two\n").await;
@@ -26,7 +31,10 @@ async fn an_agent_runs_to_its_end_and_leaves_only_its_output() {
     assert!(guest.is_acknowledged().await);
     world.host.end(&vm(), VmmEnd::Clean);
     let end = node.until_ended().await;
-    assert_eq!((end.reason, end.exit_code, end.tail.as_str()), (EndReason::Completed, Some(0), "one\ntwo\n"));
+    assert_eq!(
+        (end.reason, end.exit_code, end.tail.as_str()),
+        (EndReason::Completed, Some(0), "one\ntwo\n")
+    );
     node.until_released().await;
     assert_eq!(world.output(&vm()).0, b"one\ntwo\n");
     assert_eq!(world.host.boots(&vm()), 1);
@@ -94,7 +102,12 @@ async fn an_init_that_starts_nothing_is_a_boot_timeout() {
 async fn a_vm_that_ends_without_a_report_has_no_exit_code() {
     let cases = [
         (VmmEnd::Clean, EndReason::InitLost),
-        (VmmEnd::Crashed { message: "signal 9".into() }, EndReason::VmmCrashed),
+        (
+            VmmEnd::Crashed {
+                message: "signal 9".into(),
+            },
+            EndReason::VmmCrashed,
+        ),
         (VmmEnd::KernelPanic { message: "oops".into() }, EndReason::KernelPanic),
     ];
     for (vmm, reason) in cases {
@@ -123,7 +136,10 @@ async fn a_second_stop_does_not_extend_the_grace_period() {
     node.supervisor.stop(identity(1), Some(20), None).await.unwrap();
     assert!(matches!(guest.receive().await, Some(Kind::Shutdown(shutdown)) if shutdown.grace_s == 20));
     tokio::time::sleep(Duration::from_secs(15)).await;
-    node.supervisor.stop(identity(1), Some(1000), Some(EndReason::Evicted)).await.unwrap();
+    node.supervisor
+        .stop(identity(1), Some(1000), Some(EndReason::Evicted))
+        .await
+        .unwrap();
     let end = node.until_ended().await;
     assert_eq!(end.exit_code, None);
     assert_eq!(end.reason, EndReason::Evicted, "{}", end.message);
@@ -134,7 +150,10 @@ async fn a_second_stop_does_not_extend_the_grace_period() {
 async fn a_deadline_ends_the_agent_with_its_reason() {
     let world = World::new();
     let node = world.start().await;
-    let spec = crate::spec::Spec { deadline_s: 60, ..spec() };
+    let spec = crate::spec::Spec {
+        deadline_s: 60,
+        ..spec()
+    };
     node.supervisor.ensure(identity(1), spec).await.unwrap();
     let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
     guest.start().await;
@@ -163,7 +182,12 @@ async fn a_stop_that_overtakes_the_start_keeps_it_from_ever_booting() {
 async fn what_cannot_be_prepared_names_the_field_and_boots_nothing() {
     let cases: [(&str, Option<&str>, EndReason, &str); 2] = [
         ("example.test/unknown:v1", None, EndReason::ImageError, "spec.image"),
-        ("example.test/a:v1", Some("/missing"), EndReason::Error, "spec.entrypoint"),
+        (
+            "example.test/a:v1",
+            Some("/missing"),
+            EndReason::Error,
+            "spec.entrypoint",
+        ),
     ];
     for (image, entrypoint, reason, field) in cases {
         let world = World::new();
@@ -185,14 +209,28 @@ async fn what_cannot_be_prepared_names_the_field_and_boots_nothing() {
 async fn a_full_blade_refuses_and_records_nothing() {
     let world = World::new();
     let node = world.start().await;
-    let large = crate::spec::Spec { memory_mib: 5000, ..spec() };
+    let large = crate::spec::Spec {
+        memory_mib: 5000,
+        ..spec()
+    };
     let refusal = node.supervisor.ensure(identity(1), large).await.unwrap_err();
     assert!(matches!(refusal, Refusal::NoRoom(text) if text.contains("spec.memory")));
     assert!(node.blade.board.entry(&key()).is_none());
     assert_eq!(node.ensure().await.record.phase, Phase::Accepted);
-    let other = crate::spec::Identity { key: crate::names::AttemptKey { uid: "other".into(), attempt: 1 }, ..identity(1) };
-    let big = crate::spec::Spec { cpu_millis: 3001, ..spec() };
-    assert!(matches!(node.supervisor.ensure(other, big).await, Err(Refusal::NoRoom(text)) if text.contains("spec.cpu")));
+    let other = crate::spec::Identity {
+        key: crate::names::AttemptKey {
+            uid: "other".into(),
+            attempt: 1,
+        },
+        ..identity(1)
+    };
+    let big = crate::spec::Spec {
+        cpu_millis: 3001,
+        ..spec()
+    };
+    assert!(
+        matches!(node.supervisor.ensure(other, big).await, Err(Refusal::NoRoom(text)) if text.contains("spec.cpu"))
+    );
 }
 
 #[tokio::test]
@@ -200,7 +238,10 @@ async fn an_old_attempt_is_refused_once_a_newer_one_is_known() {
     let world = World::new();
     let node = world.start().await;
     node.supervisor.stop(identity(2), None, None).await.unwrap();
-    assert!(matches!(node.supervisor.ensure(identity(1), spec()).await, Err(Refusal::NewerKnown { asked: 1, newer: 2 })));
+    assert!(matches!(
+        node.supervisor.ensure(identity(1), spec()).await,
+        Err(Refusal::NewerKnown { asked: 1, newer: 2 })
+    ));
 }
 
 #[tokio::test]
@@ -208,7 +249,10 @@ async fn only_an_ended_attempt_can_be_forgotten_and_its_output_goes() {
     let world = World::new();
     let node = world.start().await;
     node.ensure().await;
-    assert!(matches!(node.supervisor.forget(key()).await, Err(Refusal::StillRuns(_))));
+    assert!(matches!(
+        node.supervisor.forget(key()).await,
+        Err(Refusal::StillRuns(_))
+    ));
     let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
     guest.start().await;
     guest.log(1, "x").await;
@@ -234,7 +278,14 @@ async fn a_silent_guest_is_marked_and_not_ended() {
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let entry = node.blade.board.entry(&key()).unwrap();
     assert!(entry.heartbeat_stale && entry.record.phase == Phase::Running);
-    guest.send(far_proto::guest::guest_message::Kind::Heartbeat(far_proto::guest::Heartbeat { seq: 1, ..Default::default() })).await;
+    guest
+        .send(far_proto::guest::guest_message::Kind::Heartbeat(
+            far_proto::guest::Heartbeat {
+                seq: 1,
+                ..Default::default()
+            },
+        ))
+        .await;
     node.until(|record| record.phase == Phase::Running).await;
     while node.blade.board.entry(&key()).unwrap().heartbeat_stale {
         tokio::time::sleep(Duration::from_millis(1)).await;

@@ -20,7 +20,14 @@ enum Step {
 
 #[tokio::test]
 async fn killed_at_any_step_the_attempt_boots_once_and_ends_rightly() {
-    for step in [Step::Starting, Step::Hello, Step::Running, Step::Output, Step::ExitStored, Step::Ended] {
+    for step in [
+        Step::Starting,
+        Step::Hello,
+        Step::Running,
+        Step::Output,
+        Step::ExitStored,
+        Step::Ended,
+    ] {
         let world = World::new();
         let mut node = world.start().await;
         node.ensure().await;
@@ -176,7 +183,10 @@ async fn shutting_down_leaves_the_vm_to_the_next_far_node() {
 #[tokio::test]
 async fn leftovers_without_a_record_are_removed_and_the_rest_is_left() {
     let world = World::new();
-    let stranger = crate::names::VmId::of(&crate::names::AttemptKey { uid: "stranger".into(), attempt: 1 });
+    let stranger = crate::names::VmId::of(&crate::names::AttemptKey {
+        uid: "stranger".into(),
+        attempt: 1,
+    });
     let folder = world.dir.path().join("vm");
     std::fs::create_dir(folder.join(stranger.as_str())).unwrap();
     std::fs::create_dir_all(world.dir.path().join("logs").join(stranger.as_str())).unwrap();

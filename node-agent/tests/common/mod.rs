@@ -27,10 +27,21 @@ pub(crate) struct Node {
 }
 
 /// The request for an agent whose uid and name are `uid`.
-pub(crate) fn agent(uid: &str, image: &str, entrypoint: Option<&str>, args: &[&str], memory_mib: u32) -> EnsureAgentRequest {
+pub(crate) fn agent(
+    uid: &str,
+    image: &str,
+    entrypoint: Option<&str>,
+    args: &[&str],
+    memory_mib: u32,
+) -> EnsureAgentRequest {
     EnsureAgentRequest {
         epoch: 0,
-        identity: Some(Identity { uid: uid.into(), attempt: 1, namespace: "default".into(), name: uid.into() }),
+        identity: Some(Identity {
+            uid: uid.into(),
+            attempt: 1,
+            namespace: "default".into(),
+            name: uid.into(),
+        }),
         spec: Some(AgentSpec {
             image: image.into(),
             cpu_millis: 1000,
@@ -86,10 +97,22 @@ impl Node {
         let dir = tempfile::Builder::new().prefix("fn").tempdir().unwrap();
         let at = |name: &str| dir.path().join(name).display().to_string();
         let mut args: Vec<String> = vec![
-            "--state-dir".into(), at("state"), "--run-dir".into(), at("run"), "--ready-file".into(), at("ready"),
-            "--boot-kit".into(), boot_kit().display().to_string(), "--name".into(), "blade".into(),
-            "--log-max-bytes".into(), LOG_MAX_BYTES.to_string(), "--boot-timeout".into(), "120s".into(),
-            "--system-reserved-memory".into(), "0MiB".into(),
+            "--state-dir".into(),
+            at("state"),
+            "--run-dir".into(),
+            at("run"),
+            "--ready-file".into(),
+            at("ready"),
+            "--boot-kit".into(),
+            boot_kit().display().to_string(),
+            "--name".into(),
+            "blade".into(),
+            "--log-max-bytes".into(),
+            LOG_MAX_BYTES.to_string(),
+            "--boot-timeout".into(),
+            "120s".into(),
+            "--system-reserved-memory".into(),
+            "0MiB".into(),
         ];
         if let Some(at) = more.iter().position(|arg| *arg == "--boot-timeout") {
             let own = args.iter().position(|arg| arg == "--boot-timeout").unwrap();
@@ -97,7 +120,12 @@ impl Node {
         }
         let process = spawn(&args, dir.path());
         let client = connect(dir.path()).await;
-        Some(Self { dir, args, process, client })
+        Some(Self {
+            dir,
+            args,
+            process,
+            client,
+        })
     }
 
     pub(crate) fn client(&mut self) -> &mut NodeClient<Channel> {
@@ -123,10 +151,17 @@ impl Node {
 
     /// The test program as image `payload`; `None` (and a SKIPPED line) where it was not built.
     pub(crate) async fn load_payload(&mut self) -> Option<()> {
-        let built = programs().parent().unwrap().join("x86_64-unknown-linux-gnu/guest/far-payload");
+        let built = programs()
+            .parent()
+            .unwrap()
+            .join("x86_64-unknown-linux-gnu/guest/far-payload");
         let program = std::env::var_os("FAR_PAYLOAD").map_or(built, PathBuf::from);
         let Ok(bytes) = fs::read(&program) else {
-            eprintln!("SKIPPED {}: {} (made by `make guest`)", std::thread::current().name().unwrap_or_default(), program.display());
+            eprintln!(
+                "SKIPPED {}: {} (made by `make guest`)",
+                std::thread::current().name().unwrap_or_default(),
+                program.display()
+            );
             return None;
         };
         let mut image = far_image::oci::Builder::new();
@@ -140,8 +175,13 @@ impl Node {
 
     async fn load(&mut self, archive: &Path, reference: &str) {
         let bytes = fs::read(archive).unwrap();
-        let mut parts: Vec<_> =
-            bytes.chunks(1 << 20).map(|data| LoadImageRequest { reference: String::new(), data: data.to_vec() }).collect();
+        let mut parts: Vec<_> = bytes
+            .chunks(1 << 20)
+            .map(|data| LoadImageRequest {
+                reference: String::new(),
+                data: data.to_vec(),
+            })
+            .collect();
         parts[0].reference = reference.into();
         self.client.load_image(tokio_stream::iter(parts)).await.unwrap();
     }
@@ -150,7 +190,12 @@ impl Node {
     pub(crate) async fn until(&mut self, uid: &str, claim: impl Fn(&AgentState) -> bool) -> AgentState {
         let mut last = None;
         let wait = async {
-            let mut events = self.client.watch_events(WatchEventsRequest::default()).await.unwrap().into_inner();
+            let mut events = self
+                .client
+                .watch_events(WatchEventsRequest::default())
+                .await
+                .unwrap()
+                .into_inner();
             loop {
                 let event = events.message().await.unwrap().unwrap();
                 let Some(state) = event.state else { continue };
@@ -170,8 +215,19 @@ impl Node {
     }
 
     async fn chunks(&mut self, uid: &str, follow: bool) -> tonic::Streaming<LogChunk> {
-        let identity = Some(Identity { uid: uid.into(), ..Identity::default() });
-        self.client.logs(LogsRequest { identity, follow, ..LogsRequest::default() }).await.unwrap().into_inner()
+        let identity = Some(Identity {
+            uid: uid.into(),
+            ..Identity::default()
+        });
+        self.client
+            .logs(LogsRequest {
+                identity,
+                follow,
+                ..LogsRequest::default()
+            })
+            .await
+            .unwrap()
+            .into_inner()
     }
 
     /// Output as stored, with what was dropped.
@@ -202,7 +258,9 @@ impl Node {
                 }
             }
         };
-        tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| panic!("no {text:?} came\n{}", self.report()));
+        tokio::time::timeout(LIMIT, wait)
+            .await
+            .unwrap_or_else(|_| panic!("no {text:?} came\n{}", self.report()));
     }
 
     /// Neither processes nor files of this VM are there any more.
@@ -215,7 +273,11 @@ impl Node {
             }
         };
         if tokio::time::timeout(Duration::from_secs(60), wait).await.is_err() {
-            panic!("left of {vm_id}: folder {}, processes {:?}", folder.exists(), processes_with(&needle));
+            panic!(
+                "left of {vm_id}: folder {}, processes {:?}",
+                folder.exists(),
+                processes_with(&needle)
+            );
         }
     }
 
@@ -248,7 +310,10 @@ impl Node {
 
     pub(crate) fn log_bytes(&self, vm_id: &str) -> u64 {
         let folder = self.at("state").join("logs").join(vm_id);
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+        fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum()
     }
 
     /// What a person would look at after a failure.
@@ -288,7 +353,11 @@ impl Drop for Node {
 }
 
 fn spawn(args: &[String], dir: &Path) -> Child {
-    let log = fs::File::options().create(true).append(true).open(dir.join("far-node.log")).unwrap();
+    let log = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("far-node.log"))
+        .unwrap();
     Command::new(env!("CARGO_BIN_EXE_far-node"))
         .args(args)
         .stdin(Stdio::null())
@@ -306,7 +375,10 @@ async fn connect(dir: &Path) -> NodeClient<Channel> {
         }
     };
     if tokio::time::timeout(Duration::from_secs(60), ready).await.is_err() {
-        panic!("far-node did not start: {}", fs::read_to_string(dir.join("far-node.log")).unwrap_or_default());
+        panic!(
+            "far-node did not start: {}",
+            fs::read_to_string(dir.join("far-node.log")).unwrap_or_default()
+        );
     }
     let mut client = connect_unix(&dir.join("run/node.sock")).await.unwrap();
     client.list_agents(ListAgentsRequest {}).await.unwrap();
