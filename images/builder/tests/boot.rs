@@ -1,5 +1,6 @@
 //! What the builder makes, in a real microVM: the distribution's kernel, the initramfs' modules in their order, and an image
 //! of [`far_image::oci`] as the store writes it. The init is a busybox script, so that nothing of ours is its own witness.
+#![allow(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
 use far_image::{initramfs, oci::Builder};
 use far_images::ImageStore;

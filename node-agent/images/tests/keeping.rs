@@ -1,4 +1,5 @@
 //! What the store keeps, for how long, and what a kill leaves.
+#![allow(clippy::unwrap_used, reason = "a panic in a test is the report")]
 
 mod support;
 
