@@ -40,7 +40,8 @@ bin_dir() {
 ticker() {
 	local name=$1 start=$SECONDS parent=$$ every=30
 	[ -t 1 ] && every=1
-	while sleep "$every" && kill -0 "$parent" 2>/dev/null; do
+	# Without our output: a sleep left over must not keep a pipe open.
+	while sleep "$every" >/dev/null 2>&1 && kill -0 "$parent" 2>/dev/null; do
 		if [ -t 1 ]; then
 			printf '\r  %s … %d s ' "$name" $((SECONDS - start))
 		else
