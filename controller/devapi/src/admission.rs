@@ -55,8 +55,7 @@ pub(crate) fn check(resource: &Resource, new: &Value, old: Option<&Value>) -> Ve
     let mut causes = Vec::new();
     match (resource.group.as_str(), resource.plural.as_str()) {
         ("", "secrets") => {
-            if let Some(old) = old.filter(|old| old["type"] != new["type"]) {
-                let _ = old;
+            if old.is_some_and(|old| old["type"] != new["type"]) {
                 causes.push(Cause::invalid("type", &new["type"], "field is immutable"));
             }
             immutable(new, old, &["data"], &mut causes);

@@ -54,9 +54,9 @@ fn take<'a>(value: &'a Value, step: &Step) -> Vec<&'a Value> {
             .iter()
             .filter(|item| {
                 let found = path.iter().try_fold(*item, |at, name| at.get(name));
-                found.is_some_and(|v| {
-                    v.as_str()
-                        .map_or_else(|| v.to_string() == *wanted, |text| text == wanted)
+                found.is_some_and(|value| match value.as_str() {
+                    Some(text) => text == wanted,
+                    None => serde_json::from_str(wanted).is_ok_and(|wanted: Value| wanted == *value),
                 })
             })
             .collect(),

@@ -1,4 +1,5 @@
 //! Server-side apply, other patches and the scale subresource over real HTTPS.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

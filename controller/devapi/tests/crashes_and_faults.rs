@@ -1,4 +1,5 @@
 //! What survives `kill -9`, and faults on purpose.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

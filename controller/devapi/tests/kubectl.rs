@@ -1,5 +1,6 @@
 //! The real kubectl against the server: what users type. Skipped by name where there is no kubectl of at least 1.30;
 //! `KUBECTL` names another binary.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

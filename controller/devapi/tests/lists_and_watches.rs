@@ -1,4 +1,5 @@
 //! Lists, paging, tables and watches over real HTTPS.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Objects over real HTTPS: create, change, delete, and what is refused.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The kinds this API is for: the project's CRDs and the examples that users copy.
+#![allow(clippy::unwrap_used)] // A panic in a test is its report.
 
 mod common;
 

@@ -4,6 +4,7 @@ pub(crate) mod delete;
 pub(crate) mod read;
 pub(crate) mod review;
 pub(crate) mod scale;
+mod settle;
 pub(crate) mod watch;
 pub(crate) mod write;
 

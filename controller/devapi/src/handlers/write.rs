@@ -4,17 +4,15 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::settle::{check_namespace, check_type, revise, same_but_stamps, settle, settle_namespace, writer};
 use super::{Target, present, presented, to_stored};
-use crate::admission;
-use crate::api::builtin::NAMESPACE_STORAGE;
 use crate::app::App;
-use crate::error::{ApiError, Cause, Subject};
+use crate::error::{ApiError, Cause};
 use crate::meta;
-use crate::patch::managed::{self, Writer};
-use crate::patch::{apply, merge, strategic};
-use crate::request::{FieldValidation, Parameters};
-use crate::schema::{default, prune, validate};
-use crate::store::{Change, Expect, Key, WriteError};
+use crate::patch::{apply, managed, merge, strategic};
+use crate::request::Parameters;
+use crate::schema::{default, prune};
+use crate::store::{Change, Expect, WriteError};
 
 /// Attempts of a patch that races with other writers, as many as the real server makes.
 const PATCH_ATTEMPTS: usize = 20;
@@ -50,7 +48,7 @@ pub(crate) async fn create(
             meta::set(&mut object, "name", json!(meta::generate_name(&base)));
         }
         target.name = meta::text(&object, "name").to_owned();
-        let outcome = insert(app, &target, object, parameters, None).await;
+        let outcome = insert(app, &target, object, parameters, Origin::Sent).await;
         match outcome {
             Err(ApiError::AlreadyExists(_)) if generates && attempt < GENERATE_ATTEMPTS => {}
             other => return other,
@@ -59,13 +57,12 @@ pub(crate) async fn create(
     Err(ApiError::Internal("no free generated name".into()))
 }
 
-/// `managed`: the object comes from server-side apply, which has set its managers already.
 async fn insert(
     app: &App,
     target: &Target,
     mut object: Value,
     parameters: &Parameters,
-    managed: Option<()>,
+    origin: Origin,
 ) -> Result<Written, ApiError> {
     let resource = &target.resource;
     check_namespace(app, target)?;
@@ -91,7 +88,7 @@ async fn insert(
         map.remove("status");
     }
     let warnings = settle(target, &mut object, None, parameters, &now)?;
-    if managed.is_none() {
+    if origin == Origin::Sent {
         managed::record_update(&resource.schema, None, &mut object, &writer(target, parameters, &now));
     }
     meta::tidy(&mut object);
@@ -304,7 +301,7 @@ async fn server_side_apply(
                 &writer,
                 parameters.force,
             )?;
-            insert(app, target, created, parameters, Some(())).await
+            insert(app, target, created, parameters, Origin::Applied).await
         } else {
             Err(target.not_found())
         };
@@ -394,235 +391,6 @@ pub(crate) async fn modify(
         }
     }
     Err(target.modified())
-}
-
-/// The new object as it may be stored: server-owned metadata kept, subresources apart, defaults, checks, managers.
-fn revise(
-    target: &Target,
-    mut new: Value,
-    live: &Value,
-    parameters: &Parameters,
-    origin: Origin,
-) -> Result<(Value, Vec<String>), ApiError> {
-    let resource = &target.resource;
-    let now = meta::now();
-    let managers = new["metadata"]["managedFields"].clone();
-    match target.subresource.as_str() {
-        "status" => {
-            let status = new.get("status").cloned();
-            new = live.clone();
-            let map = new
-                .as_object_mut()
-                .ok_or_else(|| ApiError::Internal("stored object is not an object".into()))?;
-            match status {
-                Some(status) => map.insert("status".into(), status),
-                None => map.remove("status"),
-            };
-            meta::set(&mut new, "managedFields", managers);
-        }
-        _ if resource.has_status && resource.is_custom() => match (live.get("status"), new.as_object_mut()) {
-            (Some(status), Some(map)) => {
-                map.insert("status".into(), status.clone());
-            }
-            (None, Some(map)) => {
-                map.remove("status");
-            }
-            (_, None) => return Err(ApiError::BadRequest("the object is not a JSON object".into())),
-        },
-        _ => {}
-    }
-    for field in [
-        "name",
-        "namespace",
-        "uid",
-        "creationTimestamp",
-        "deletionTimestamp",
-        "deletionGracePeriodSeconds",
-        "generation",
-        "resourceVersion",
-        "generateName",
-    ] {
-        meta::set(
-            &mut new,
-            field,
-            live["metadata"].get(field).cloned().unwrap_or(Value::Null),
-        );
-    }
-    let warnings = settle(target, &mut new, Some(live), parameters, &now)?;
-    if resource.has_generation && wanted_state(resource.has_status, &new) != wanted_state(resource.has_status, live) {
-        let generation = live["metadata"]["generation"].as_i64().unwrap_or(0) + 1;
-        meta::set(&mut new, "generation", json!(generation));
-    }
-    if origin == Origin::Sent {
-        managed::record_update(
-            &resource.schema,
-            Some(live),
-            &mut new,
-            &writer(target, parameters, &now),
-        );
-    }
-    meta::tidy(&mut new);
-    Ok((new, warnings))
-}
-
-fn writer(target: &Target, parameters: &Parameters, now: &str) -> Writer {
-    Writer {
-        manager: parameters.manager.clone(),
-        api_version: target.resource.api_version(),
-        subresource: target.subresource.clone(),
-        now: now.to_owned(),
-    }
-}
-
-/// Everything that raises `generation`.
-fn wanted_state(has_status: bool, object: &Value) -> Value {
-    let mut rest = object.clone();
-    if let Some(map) = rest.as_object_mut() {
-        map.remove("metadata");
-        if has_status {
-            map.remove("status");
-        }
-    }
-    rest
-}
-
-/// Equal, the times of managers aside.
-fn same_but_stamps(new: &Value, live: &Value) -> bool {
-    let plain = |object: &Value| {
-        let mut object = object.clone();
-        for entry in object["metadata"]["managedFields"].as_array_mut().into_iter().flatten() {
-            entry["time"] = Value::Null;
-        }
-        object
-    };
-    new == live || plain(new) == plain(live)
-}
-
-/// Prunes, defaults, completes and validates. Returns warnings.
-fn settle(
-    target: &Target,
-    object: &mut Value,
-    old: Option<&Value>,
-    parameters: &Parameters,
-    now: &str,
-) -> Result<Vec<String>, ApiError> {
-    let resource = &target.resource;
-    let unknown = prune::prune(&resource.schema, object);
-    let warnings: Vec<String> = unknown.iter().map(|path| format!("unknown field \"{path}\"")).collect();
-    if !warnings.is_empty() && parameters.field_validation == FieldValidation::Strict {
-        let text = format!(
-            "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
-            resource.kind,
-            resource.version,
-            resource.kind,
-            warnings.join(", ")
-        );
-        return Err(ApiError::BadRequest(text));
-    }
-    default::drop_nulls(&resource.schema, object);
-    default::apply(&resource.schema, object);
-    admission::complete(resource, object, now);
-    let mut causes = meta::check(object, resource.storage == NAMESPACE_STORAGE);
-    causes.extend(validate::validate(&resource.schema, object, ""));
-    causes.extend(admission::check(resource, object, old));
-    if let Some(old) = old.filter(|old| meta::is_deleting(old)) {
-        let known = meta::finalizers(old);
-        if meta::finalizers(object)
-            .iter()
-            .any(|finalizer| !known.contains(finalizer))
-        {
-            let text = "Forbidden: no new finalizers can be added if the object is being deleted";
-            causes.push(Cause::new("FieldValueForbidden", "metadata.finalizers", text));
-        }
-    }
-    if causes.is_empty()
-        && let Some(rules) = &resource.rules
-    {
-        causes = rules.check(object, old);
-    }
-    if !causes.is_empty() {
-        return Err(ApiError::Invalid(resource.subject(&target.name), causes));
-    }
-    let warnings = if parameters.field_validation == FieldValidation::Ignore {
-        Vec::new()
-    } else {
-        warnings
-    };
-    Ok(warnings)
-}
-
-fn check_type(target: &Target, object: &Value) -> Result<(), ApiError> {
-    let resource = &target.resource;
-    if !object.is_object() {
-        return Err(ApiError::BadRequest("the body is not a JSON object".into()));
-    }
-    let (kind, version) = (
-        object["kind"].as_str().unwrap_or_default(),
-        object["apiVersion"].as_str().unwrap_or_default(),
-    );
-    if kind.is_empty() {
-        return Err(ApiError::BadRequest(format!(
-            "Object 'Kind' is missing in '{}'",
-            resource.kind
-        )));
-    }
-    if kind != resource.kind || version != resource.api_version() {
-        let text = format!(
-            "the API version and kind in the data ({version}, {kind}) do not match the expected ones ({}, {})",
-            resource.api_version(),
-            resource.kind
-        );
-        return Err(ApiError::BadRequest(text));
-    }
-    Ok(())
-}
-
-/// The namespace of the URL counts; one in the body must agree.
-fn settle_namespace(target: &Target, object: &mut Value) -> Result<(), ApiError> {
-    let sent = meta::text(object, "namespace").to_owned();
-    match &target.namespace {
-        Some(namespace) if !sent.is_empty() && sent != *namespace => Err(ApiError::BadRequest(format!(
-            "the namespace of the provided object does not match the namespace sent on the request ({sent} is not {namespace})"
-        ))),
-        Some(namespace) => {
-            meta::set(object, "namespace", json!(namespace));
-            Ok(())
-        }
-        None if target.resource.namespaced => Err(ApiError::BadRequest(
-            "an empty namespace may not be set during creation".into(),
-        )),
-        None => {
-            meta::set(object, "namespace", Value::Null);
-            Ok(())
-        }
-    }
-}
-
-/// Nothing is created in a namespace that is not there or on its way out.
-fn check_namespace(app: &App, target: &Target) -> Result<(), ApiError> {
-    let Some(namespace) = &target.namespace else {
-        return Ok(());
-    };
-    let key = Key {
-        resource: NAMESPACE_STORAGE.into(),
-        namespace: String::new(),
-        name: namespace.clone(),
-    };
-    let subject = Subject {
-        plural: "namespaces".into(),
-        name: namespace.clone(),
-        ..Subject::default()
-    };
-    let Some(found) = app.store.latest(&key) else {
-        return Err(ApiError::NotFound(subject));
-    };
-    if meta::is_deleting(&found.value()) {
-        let (plural, name) = (&target.resource.plural, &target.name);
-        return Err(ApiError::Forbidden(format!(
-            "{plural} \"{name}\" is forbidden: unable to create new content in namespace {namespace} because it is being terminated"
-        )));
-    }
-    Ok(())
 }
 
 /// For the server's own objects: created unless there.

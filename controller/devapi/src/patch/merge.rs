@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Cause, Subject};
 
 /// JSON patch operations in one request, as the real server limits them.
 const MAX_OPERATIONS: usize = 10_000;
@@ -25,6 +25,8 @@ pub(crate) fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
+/// All operations or none. As on the real server, testing an absent path for `null` succeeds: kube's finalizer helper
+/// relies on it.
 pub(crate) fn json_patch(target: &mut Value, patch: &Value) -> Result<(), ApiError> {
     let patch: json_patch::Patch = serde_json::from_value(patch.clone())
         .map_err(|error| ApiError::BadRequest(format!("error decoding patch: {error}")))?;
@@ -33,11 +35,22 @@ pub(crate) fn json_patch(target: &mut Value, patch: &Value) -> Result<(), ApiErr
             "the allowed maximum operations in a JSON patch is {MAX_OPERATIONS}"
         )));
     }
-    json_patch::patch(target, &patch).map_err(|error| {
-        // The real server answers 422 here: the patch was read but does not fit the object.
-        let cause = crate::error::Cause::new("FieldValueInvalid", "patch", format!("Invalid value: {error}"));
-        ApiError::Invalid(crate::error::Subject::default(), vec![cause])
-    })
+    let mut patched = target.clone();
+    for operation in patch.0 {
+        if let json_patch::PatchOperation::Test(test) = &operation
+            && test.value.is_null()
+            && test.path.resolve(&patched).is_err()
+        {
+            continue;
+        }
+        json_patch::patch(&mut patched, &[operation]).map_err(|error| {
+            // The real server answers 422 here: the patch was read but does not fit the object.
+            let cause = Cause::new("FieldValueInvalid", "patch", format!("Invalid value: {error}"));
+            ApiError::Invalid(Subject::default(), vec![cause])
+        })?;
+    }
+    *target = patched;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -61,5 +74,14 @@ mod tests {
         let patch = json!([{"op": "replace", "path": "/a", "value": 2}, {"op": "test", "path": "/a", "value": 3}]);
         assert!(json_patch(&mut target, &patch).is_err());
         assert_eq!(target, json!({"a": 1}));
+    }
+
+    #[test]
+    fn an_absent_path_tests_equal_to_null() {
+        let mut target = json!({"metadata": {}});
+        let patch = json!([{"op": "test", "path": "/metadata/finalizers", "value": null}, {"op": "add", "path": "/metadata/finalizers", "value": ["x/y"]}]);
+        json_patch(&mut target, &patch).unwrap();
+        assert_eq!(target, json!({"metadata": {"finalizers": ["x/y"]}}));
+        assert!(json_patch(&mut target, &patch).is_err(), "now there is one");
     }
 }

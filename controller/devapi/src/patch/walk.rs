@@ -266,7 +266,7 @@ fn drop_at(schema: Option<&Value>, value: &mut Value, element: &str) {
         Value::Array(list) => {
             let keys = list_keys(schema);
             list.retain(|item| match element.strip_prefix("v:") {
-                Some(gone) => item.to_string() != gone,
+                Some(gone) => serde_json::from_str(gone).map_or(true, |gone: Value| gone != *item),
                 None => key_of(item, &keys, items(schema)) != element,
             });
         }

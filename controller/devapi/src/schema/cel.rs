@@ -17,14 +17,15 @@ pub(crate) struct Rules {
 
 impl Rules {
     pub(crate) fn compile(schema: &Value, group: &str, version: &str, kind: &str) -> Self {
-        let mut context = RootContext::default();
-        context.api_version = if group.is_empty() {
-            version.to_owned()
-        } else {
-            format!("{group}/{version}")
+        let context = RootContext {
+            api_version: if group.is_empty() {
+                version.to_owned()
+            } else {
+                format!("{group}/{version}")
+            },
+            api_group: group.to_owned(),
+            kind: kind.to_owned(),
         };
-        context.api_group = group.to_owned();
-        context.kind = kind.to_owned();
         Self {
             schema: compile_schema(schema),
             context,

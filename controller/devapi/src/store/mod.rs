@@ -87,6 +87,9 @@ struct Collection {
     history: History,
 }
 
+/// Comes when the write is on disk.
+type Acknowledgement = oneshot::Receiver<Result<(), WriteError>>;
+
 struct Pending {
     object: Arc<Object>,
     kind: EventKind,
@@ -228,12 +231,7 @@ impl Store {
         Ok(object)
     }
 
-    fn enqueue(
-        &self,
-        key: Key,
-        expect: Expect,
-        change: Change,
-    ) -> Result<(Arc<Object>, oneshot::Receiver<Result<(), WriteError>>), WriteError> {
+    fn enqueue(&self, key: Key, expect: Expect, change: Change) -> Result<(Arc<Object>, Acknowledgement), WriteError> {
         let mut state = self.shared.lock();
         if let Some(cause) = &state.failed {
             return Err(WriteError::Failed(cause.clone()));

@@ -1,5 +1,5 @@
 //! A server in this process and a plain HTTPS client that hides nothing: no retries, one connection per request.
-#![allow(dead_code, unreachable_pub)] // Shared by test files, each of which uses its part.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // Shared by test files, each of which uses its part.
 
 use std::sync::Arc;
 use std::time::Duration;
