@@ -29,7 +29,9 @@ impl NoNic {
     #[must_use]
     pub fn fix(&self) -> &'static str {
         match self {
-            Self::Capability { .. } => "run far-node as root, or: sudo setcap cap_net_admin,cap_sys_admin+ep \"$(command -v far-node)\"",
+            Self::Capability { .. } => {
+                "run far-node as root, or: sudo setcap cap_net_admin,cap_sys_admin+ep \"$(command -v far-node)\""
+            }
             Self::Tun { .. } => "sudo modprobe tun",
         }
     }
@@ -40,7 +42,10 @@ impl NoNic {
 /// # Errors
 /// Says what is missing and the command that cures it.
 pub fn capability() -> Result<(), NoNic> {
-    let effective = fs::read_to_string("/proc/self/status").ok().and_then(|status| effective_set(&status)).unwrap_or(0);
+    let effective = fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| effective_set(&status))
+        .unwrap_or(0);
     for (bit, missing) in [(CAP_NET_ADMIN, "CAP_NET_ADMIN"), (CAP_SYS_ADMIN, "CAP_SYS_ADMIN")] {
         if effective & (1 << bit) == 0 {
             return Err(NoNic::Capability { missing });
@@ -62,7 +67,10 @@ mod tests {
 
     #[test]
     fn the_effective_set_is_read_from_a_status_file() {
-        assert_eq!(effective_set("Name:\tx\nCapEff:\t0000000000001000\n"), Some(1 << CAP_NET_ADMIN));
+        assert_eq!(
+            effective_set("Name:\tx\nCapEff:\t0000000000001000\n"),
+            Some(1 << CAP_NET_ADMIN)
+        );
         assert_eq!(effective_set("Name:\tx\n"), None);
     }
 }

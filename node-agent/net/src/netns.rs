@@ -12,10 +12,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use std::{
     fs::{self, File},
     io,
-    os::{
-        fd::AsRawFd,
-        unix::fs::MetadataExt,
-    },
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::PathBuf,
     thread,
 };
@@ -85,7 +82,10 @@ impl GuestNetns {
             fs::write(IP_FORWARD, "0")?;
             Ok(file)
         });
-        let file = made.map_err(|source| NetError::Namespace { operation: "making", source })?;
+        let file = made.map_err(|source| NetError::Namespace {
+            operation: "making",
+            source,
+        })?;
         Ok(Self { file })
     }
 
@@ -123,14 +123,19 @@ impl GuestNetns {
     pub fn delete_tap(&self, tap: &TapName) -> Result<(), NetError> {
         self.inside(|| {
             let gone = sys::attach_tap(tap).and_then(|file| sys::keep_tap(&file, false));
-            gone.map_err(|source| NetError::Delete { tap: tap.clone(), source })
+            gone.map_err(|source| NetError::Delete {
+                tap: tap.clone(),
+                source,
+            })
         })
     }
 
     fn inside<T: Send>(&self, act: impl FnOnce() -> Result<T, NetError> + Send) -> Result<T, NetError> {
         in_helper_thread(|| {
-            setns(&self.file, CloneFlags::CLONE_NEWNET)
-                .map_err(|error| NetError::Namespace { operation: "entering", source: error.into() })?;
+            setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|error| NetError::Namespace {
+                operation: "entering",
+                source: error.into(),
+            })?;
             act()
         })
     }

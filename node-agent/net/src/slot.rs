@@ -88,7 +88,11 @@ impl FromStr for TapName {
 
     fn from_str(text: &str) -> Result<Self, TapNameError> {
         let fits = (1..=MAX_NAME).contains(&text.len());
-        if fits && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
+        if fits
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+        {
             Ok(Self(text.to_owned()))
         } else {
             Err(TapNameError { text: text.to_owned() })

@@ -2,7 +2,10 @@
 //!
 //! Each function acts on the network namespace of the calling thread.
 
-#![allow(unsafe_code, reason = "each block proves its call; the rest of the crate denies unsafe code")]
+#![allow(
+    unsafe_code,
+    reason = "each block proves its call; the rest of the crate denies unsafe code"
+)]
 
 use crate::slot::TapName;
 use std::{
@@ -31,7 +34,11 @@ pub(crate) fn attach_tap(tap: &TapName) -> io::Result<File> {
 pub(crate) fn keep_tap(tap: &File, keep: bool) -> io::Result<()> {
     // SAFETY: the descriptor is open for the call's length; TUNSETPERSIST takes an integer by value and no pointer.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST, libc::c_ulong::from(keep)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Gives an interface its address and network.
@@ -70,7 +77,11 @@ fn interface_ioctl(fd: RawFd, operation: libc::c_ulong, request: &mut libc::ifre
     // SAFETY: every operation passed in here (TUNSETIFF, SIOC[GS]IF*) reads and writes one `struct ifreq` and nothing
     // behind it; the reference is to a whole, initialised one that nobody else uses during the call.
     let result = unsafe { libc::ioctl(fd, operation as _, std::ptr::from_mut(request)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn request_for(tap: &TapName) -> libc::ifreq {
@@ -89,5 +100,8 @@ fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
     for (to, from) in data[2..6].iter_mut().zip(address.octets()) {
         *to = from as libc::c_char;
     }
-    libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: data }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as libc::sa_family_t,
+        sa_data: data,
+    }
 }

@@ -1,5 +1,10 @@
 //! What `far-vmm` says to wrong arguments, and its probe.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test a panic is the report; clippy sees only #[test] functions as tests"
+)]
+
 use far_vmm::probe::Capabilities;
 use std::process::{Command, Output};
 

@@ -85,7 +85,7 @@ pub fn program(qemu: &Path, config: &VmConfig, options: &Options) -> Program {
     args.option("-chardev", "stdio,id=console,signal=off")
         .option("-serial", "chardev:console");
     // No device names its transport: QEMU takes them from the last one on and lists them to the guest in the same order,
-    // so the first drive is /dev/vda; the first transports share interrupts with the serial port, which silences it.
+    // so the first drive is /dev/vda. A device on virtio-mmio-bus.0 silences what programs write to the serial port (7.2).
     for drive in &config.drives {
         args.drive(drive);
     }

@@ -23,11 +23,9 @@ const GUEST_TEXT: &[u8] = b"far-vmm: a guest ran\n";
 
 /// Tries KVM, with QEMU if it is there, else with Firecracker.
 pub(crate) fn probe(qemu: &Finding, firecracker: &Finding) -> Finding {
-    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        return cannot_open(&error);
-    }
+    let opened = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").map(drop);
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if let Some(lack) = signs(&cpuinfo, Path::new("/sys/module/kvm_pvm").exists()) {
+    if let Some(lack) = decide_to_try(&opened, &cpuinfo, Path::new("/sys/module/kvm_pvm").exists()) {
         return lack;
     }
     match (program(qemu), program(firecracker)) {
@@ -61,6 +59,16 @@ fn cannot_open(error: &io::Error) -> Finding {
             fix: None,
             ..Finding::lack(format!("/dev/kvm cannot be opened: {error}"), "")
         },
+    }
+}
+
+/// Why not even to try. What no command of the user can change comes before a missing permission, so that nobody is
+/// sent to join a group in vain.
+fn decide_to_try(opened: &io::Result<()>, cpuinfo: &str, is_pvm: bool) -> Option<Finding> {
+    match opened {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(cannot_open(error)),
+        Err(error) => Some(signs(cpuinfo, is_pvm).unwrap_or_else(|| cannot_open(error))),
+        Ok(()) => signs(cpuinfo, is_pvm),
     }
 }
 
@@ -190,6 +198,40 @@ mod tests {
                 Some(part) => assert!(lack.is_some_and(|lack| !lack.ok && lack.reason.contains(part)), "{why}"),
             }
         }
+    }
+
+    #[test]
+    fn a_missing_permission_is_told_only_where_it_is_all_that_is_missing() {
+        let opened = |kind: io::ErrorKind| Err(io::Error::from(kind));
+        let cases = [
+            (
+                "no device",
+                opened(io::ErrorKind::NotFound),
+                "flags: vmx",
+                false,
+                "there is no /dev/kvm",
+            ),
+            (
+                "no permission",
+                opened(io::ErrorKind::PermissionDenied),
+                "flags: vmx",
+                false,
+                "this user",
+            ),
+            (
+                "no permission, and PVM",
+                opened(io::ErrorKind::PermissionDenied),
+                "flags: vmx",
+                true,
+                "kvm_pvm",
+            ),
+            ("opens, but PVM", Ok(()), "flags: vmx", true, "kvm_pvm"),
+        ];
+        for (why, opened, cpuinfo, is_pvm, part) in cases {
+            let lack = decide_to_try(&opened, cpuinfo, is_pvm).unwrap();
+            assert!(lack.reason.contains(part), "{why}: {lack:?}");
+        }
+        assert_eq!(decide_to_try(&Ok(()), "flags: vmx", false), None);
     }
 
     #[test]

@@ -1,5 +1,9 @@
 //! One far-vmm with a guest, and waiting for what it does. Only processes started here are signalled, by their number.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test a panic is the report; clippy sees only #[test] functions as tests"
+)]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use far_vmm::{
