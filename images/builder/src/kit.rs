@@ -28,13 +28,14 @@ pub fn guest_image(tiffany: &Path) -> Result<Vec<u8>, BuildError> {
     Ok(image.build())
 }
 
-/// Fills `out` with `initramfs.cpio`, `tiffany-vm.oci.tar` and `kit.json`, beside the kernel that [`crate::kernel::build`] put there.
+/// Fills `out` with `vmlinux`, `initramfs.cpio`, `tiffany-vm.oci.tar` and `kit.json`. The kernel and its modules come from the
+/// folder `kernel`, which [`crate::kernel::build`] filled and which may be `out` itself.
 /// Files that would not change are left alone.
 ///
 /// # Errors
-/// [`BuildError`], also when `out` has no `vmlinux`.
-pub fn build(init: &Path, tiffany: &Path, out: &Path) -> Result<(), BuildError> {
-    let vmlinux = out.join("vmlinux");
+/// [`BuildError`], also when `kernel` has no `vmlinux`.
+pub fn build(init: &Path, tiffany: &Path, kernel: &Path, out: &Path) -> Result<(), BuildError> {
+    let vmlinux = kernel.join("vmlinux");
     if !vmlinux.is_file() {
         return Err(BuildError::input(
             vmlinux,
@@ -42,11 +43,13 @@ pub fn build(init: &Path, tiffany: &Path, out: &Path) -> Result<(), BuildError> 
         ));
     }
     let files = [
-        ("initramfs.cpio", initramfs::build(init, &out.join("modules"))?),
+        ("initramfs.cpio", initramfs::build(init, &kernel.join("modules"))?),
         ("tiffany-vm.oci.tar", guest_image(tiffany)?),
     ];
     let mut digests = serde_json::Map::new();
-    digests.insert("vmlinux".into(), json!(write::sha256(&write::read(&vmlinux)?)));
+    let kernel_bytes = write::read(&vmlinux)?;
+    write::if_changed(&out.join("vmlinux"), &kernel_bytes)?;
+    digests.insert("vmlinux".into(), json!(write::sha256(&kernel_bytes)));
     for (name, bytes) in &files {
         write::if_changed(&out.join(name), bytes)?;
         digests.insert((*name).into(), json!(write::sha256(bytes)));

@@ -4,13 +4,15 @@
 //!   modules a guest needs, in load order;
 //! - [`initramfs`]: far-init and those modules as one cpio archive;
 //! - [`oci`]: OCI image archives from single files;
-//! - [`kit`]: the three together, as a blade wants them.
+//! - [`inspect`]: what such an archive holds;
+//! - [`kit`]: kernel, initramfs and guest image together, as a blade wants them.
 #![forbid(unsafe_code)]
 
 mod bzimage;
 mod cpio;
 mod error;
 pub mod initramfs;
+pub mod inspect;
 pub mod kernel;
 pub mod kit;
 mod modules;
@@ -19,3 +21,11 @@ mod unpack;
 mod write;
 
 pub use error::BuildError;
+
+/// Puts `bytes` at `path` whole or not at all; a file that has them already is left alone.
+///
+/// # Errors
+/// [`BuildError::Io`].
+pub fn write_whole(path: &std::path::Path, bytes: &[u8]) -> Result<(), BuildError> {
+    write::if_changed(path, bytes).map(drop)
+}

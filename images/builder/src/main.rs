@@ -1,11 +1,15 @@
 //! `far-image`: the command around the builder.
 #![forbid(unsafe_code)]
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
-use far_image::{initramfs, kernel, kit, oci::Builder};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use far_image::{initramfs, inspect, kernel, kit, oci::Builder, write_whole};
 
 /// Builds what guests boot from, bit for bit the same from the same inputs.
 #[derive(Debug, Parser)]
@@ -61,12 +65,29 @@ enum Command {
         /// Static tiffany.
         #[arg(long)]
         tiffany: PathBuf,
-        /// Folder that `far-image kernel` filled.
+        /// Folder that `far-image kernel` filled [default: the out folder].
+        #[arg(long)]
+        kernel_dir: Option<PathBuf>,
+        /// Folder that gets vmlinux, initramfs.cpio, tiffany-vm.oci.tar and kit.json.
         #[arg(long)]
         out: PathBuf,
     },
     /// An OCI image archive from single files.
     Oci(OciArguments),
+    /// What an OCI image archive holds; every digest is checked.
+    Inspect {
+        /// The archive.
+        file: PathBuf,
+        /// For people or for programs.
+        #[arg(short, long, value_enum, default_value_t = Format::Text)]
+        output: Format,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Args)]
@@ -74,6 +95,9 @@ struct OciArguments {
     /// SOURCE:PATH-IN-IMAGE[:MODE], mode in octal [default mode: 0644].
     #[arg(long, required = true)]
     file: Vec<String>,
+    /// PATH-IN-IMAGE[:MODE] of an empty folder, mode in octal [default mode: 0755].
+    #[arg(long)]
+    dir: Vec<String>,
     /// Program and leading arguments; repeat for more words.
     #[arg(long)]
     entrypoint: Vec<String>,
@@ -123,8 +147,21 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Initramfs { init, modules, out } => put(&out, &initramfs::build(&init, &modules)?),
         Command::Guest { tiffany, out } => put(&out, &kit::guest_image(&tiffany)?),
-        Command::Kit { init, tiffany, out } => Ok(kit::build(&init, &tiffany, &out)?),
+        Command::Kit {
+            init,
+            tiffany,
+            kernel_dir,
+            out,
+        } => Ok(kit::build(&init, &tiffany, kernel_dir.as_ref().unwrap_or(&out), &out)?),
         Command::Oci(arguments) => oci(arguments),
+        Command::Inspect { file, output } => {
+            let report = inspect::inspect(&file)?;
+            match output {
+                Format::Text => print!("{report}"),
+                Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+            }
+            Ok(())
+        }
     }
 }
 
@@ -133,15 +170,16 @@ fn oci(arguments: OciArguments) -> Result<()> {
     for spec in &arguments.file {
         let (source, path, mode) = match spec.split(':').collect::<Vec<_>>()[..] {
             [source, path] => (source, path, 0o644),
-            [source, path, mode] => (
-                source,
-                path,
-                u32::from_str_radix(mode, 8).with_context(|| format!("--file {spec}: mode {mode:?} is not octal"))?,
-            ),
+            [source, path, mode] => (source, path, octal(mode).with_context(|| format!("--file {spec}"))?),
             _ => bail!("--file {spec}: expected SOURCE:PATH-IN-IMAGE[:MODE]"),
         };
         let bytes = fs::read(source).with_context(|| format!("--file {spec}: reading {source}"))?;
         image.file(path, mode, 0, bytes)?;
+    }
+    for spec in &arguments.dir {
+        let (path, mode) = spec.split_once(':').unwrap_or((spec, "0755"));
+        let mode = octal(mode).with_context(|| format!("--dir {spec}"))?;
+        image.folder(path, mode, 0)?;
     }
     if let Some(bad) = arguments
         .env
@@ -158,6 +196,13 @@ fn oci(arguments: OciArguments) -> Result<()> {
     put(&arguments.out, &image.build())
 }
 
-fn put(path: &PathBuf, bytes: &[u8]) -> Result<()> {
-    fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))
+fn octal(mode: &str) -> Result<u32> {
+    u32::from_str_radix(mode, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o7777)
+        .with_context(|| format!("mode {mode:?} is not an octal number up to 7777"))
+}
+
+fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+    Ok(write_whole(path, bytes)?)
 }

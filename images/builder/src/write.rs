@@ -1,6 +1,6 @@
 //! Writing results: complete or not at all, and not at all when nothing changed (a file's time says when it changed).
 
-use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path};
+use std::{fs, io, io::Write, os::unix::fs::PermissionsExt, path::Path};
 
 use sha2::{Digest, Sha256};
 
@@ -36,6 +36,13 @@ pub(crate) fn if_changed(path: &Path, bytes: &[u8]) -> Result<bool, BuildError> 
 #[must_use]
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
+}
+
+/// SHA-256 of a whole stream, as lower-case hex.
+pub(crate) fn sha256_of(from: &mut impl io::Read) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    io::copy(from, &mut hash)?;
+    Ok(hex::encode(hash.finalize()))
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, BuildError> {
