@@ -27,7 +27,7 @@ use crate::{
     logs::read_tail,
     names::VmId,
     outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
-    record::{EndReason, ExitReport, Fact, Misfit, Record, Spawn, StopOrder, UnixMs},
+    record::{EndReason, ExitReport, Fact, Misfit, Record, Resources, Spawn, StopOrder, UnixMs},
     spec::Spec,
 };
 use far_proto::{
@@ -35,7 +35,10 @@ use far_proto::{
     guest::{ExitAck, HostMessage, Shutdown, Stage, host_message::Kind},
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Bytes of output told with an end.
@@ -125,6 +128,8 @@ pub(crate) struct AgentTask {
     told: mpsc::Receiver<(u64, SessionEvent)>,
     session: Option<Session>,
     sessions: u64,
+    /// Work on image and folder; a stop does not wait for it, the release does.
+    preparing: Option<JoinHandle<()>>,
     violations: u32,
     /// Start was sent, or may have been by an earlier far-node.
     may_have_started: bool,
@@ -156,6 +161,7 @@ impl AgentTask {
             told,
             session: None,
             sessions: 0,
+            preparing: None,
             violations: 0,
             may_have_started,
             pending_exit: None,
@@ -231,11 +237,12 @@ impl AgentTask {
         self.must_change(Fact::Preparing).await;
         let blade = self.blade.clone();
         let vm = self.record.vm_id.clone();
-        let work = tokio::task::spawn_blocking(move || prepare_blocking(&blade, vm, &spec));
-        let prepared = self.while_answering(work).await?;
-        match prepared {
-            Ok(Ok((plan, image_digest, launch))) => {
-                let resources = self.blade.host.resources(&plan);
+        let (send, result) = oneshot::channel();
+        self.preparing = Some(tokio::task::spawn_blocking(move || {
+            let _ = send.send(prepare_blocking(&blade, vm, &spec));
+        }));
+        match self.while_answering(result).await? {
+            Ok(Ok((plan, image_digest, launch, resources))) => {
                 let spawn = Spawn {
                     at: self.blade.clock.now(),
                     boot_id: self.blade.boot_id.clone(),
@@ -645,6 +652,9 @@ impl AgentTask {
         })
         .await;
         self.signal.send_modify(|signal| signal.is_closed = true);
+        if let Some(preparing) = self.preparing.take() {
+            let _ = preparing.await;
+        }
         if let Err(error) = blade.host.release(&vm).await {
             tracing::warn!(vm.id = %vm, %error, "something of an ended microVM is left: the next start cleans it up");
         }
@@ -708,7 +718,7 @@ async fn next_dialled(listener: &mut Option<Listener>) -> Option<Dialled> {
     }
 }
 
-type Prepared = (VmPlan, String, delivery::Launch);
+type Prepared = (VmPlan, String, delivery::Launch, Resources);
 
 /// Everything before the spawn that takes time: image, program, folder.
 fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Forced> {
@@ -722,7 +732,7 @@ fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Fo
             refused(EndReason::ImageError, format!("spec.image: {fault}"))
         }
     })?;
-    let launch =
+    let mut launch =
         delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
             let reason = match error {
                 LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
@@ -736,9 +746,10 @@ fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Fo
         vcpus: spec.vcpus(),
         memory_mib: spec.memory_mib,
     };
-    blade
+    let prepared = blade
         .host
         .prepare(&plan)
         .map_err(|error| refused(EndReason::Error, error.to_string()))?;
-    Ok((plan, image.digest, launch))
+    launch.nic = prepared.nic;
+    Ok((plan, image.digest, launch, prepared.resources))
 }

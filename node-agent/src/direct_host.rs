@@ -5,14 +5,15 @@
 
 use crate::{
     files::{make_private_dir, remove_dir, write_atomic},
-    host::{HostError, HostFacts, VmHost, VmPlan},
+    host::{HostError, HostFacts, Prepared, VmHost, VmPlan},
     names::VmId,
+    nics::{Attachment, Nics},
     outcome::{MAX_MESSAGE, VmmEnd, clean_text},
     record::Resources,
 };
 use far_vmm::{
     additions::{Additions, Backend},
-    config::{BootSource, Drive, Entropy, MAX_VCPUS, MachineConfig, VmConfig, Vsock},
+    config::{BootSource, Drive, Entropy, MAX_VCPUS, MachineConfig, NetworkInterface, VmConfig, Vsock},
     control::AsyncClient,
     exit::{ExitCause, ExitRecord},
     probe::Capabilities,
@@ -23,6 +24,7 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 use tokio::time::{Instant, sleep, timeout};
@@ -43,7 +45,7 @@ const LOOK: Duration = Duration::from_millis(20);
 const BOOT_ARGS: &str = "rdinit=/init console=ttyS0 quiet panic=-1";
 
 /// Where things are.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct DirectHostOptions {
     /// Folder of the VMs' folders; short, because socket paths hold 107 bytes.
     pub vms: PathBuf,
@@ -55,14 +57,14 @@ pub struct DirectHostOptions {
     pub far_vmm: PathBuf,
     /// Which VMM.
     pub backend: Backend,
-    /// Why VMs get no NIC.
-    pub no_nic_reason: String,
+    /// NICs, or why there are none.
+    pub nics: Nics,
 }
 
 /// See the module's text.
 #[derive(Debug)]
 pub struct DirectHost {
-    options: DirectHostOptions,
+    options: Arc<DirectHostOptions>,
     machine: Capabilities,
 }
 
@@ -70,7 +72,10 @@ impl DirectHost {
     /// A host on a machine that was probed.
     #[must_use]
     pub fn new(options: DirectHostOptions, machine: Capabilities) -> Self {
-        Self { options, machine }
+        Self {
+            options: Arc::new(options),
+            machine,
+        }
     }
 
     fn backend(&self) -> Backend {
@@ -81,7 +86,7 @@ impl DirectHost {
         }
     }
 
-    fn config(&self, plan: &VmPlan) -> VmConfig {
+    fn config(&self, plan: &VmPlan, nic: Option<&Attachment>) -> VmConfig {
         VmConfig {
             boot_source: BootSource {
                 kernel_image_path: self.options.kernel.clone(),
@@ -103,7 +108,14 @@ impl DirectHost {
                 smt: None,
                 track_dirty_pages: None,
             },
-            network_interfaces: Vec::new(),
+            network_interfaces: nic
+                .map(|nic| NetworkInterface {
+                    iface_id: "eth0".to_owned(),
+                    host_dev_name: nic.tap.clone(),
+                    guest_mac: Some(nic.mac.clone()),
+                })
+                .into_iter()
+                .collect(),
             vsock: Some(Vsock {
                 vsock_id: None,
                 guest_cid: GUEST_CID,
@@ -116,12 +128,13 @@ impl DirectHost {
         }
     }
 
-    fn additions(&self) -> Additions {
+    fn additions(&self, nic: Option<&Attachment>) -> Additions {
         Additions {
             backend: self.backend(),
             accel: self.machine.accel(),
             console_max_bytes: Some(CONSOLE_MAX_BYTES),
             tsc_khz: self.machine.tsc_khz,
+            netns: nic.map(|nic| nic.netns.clone()),
             ..Additions::default()
         }
     }
@@ -152,19 +165,7 @@ impl VmHost for DirectHost {
         self.options.vms.join(vm.as_str())
     }
 
-    fn resources(&self, plan: &VmPlan) -> Resources {
-        let facts = self.facts();
-        Resources {
-            vcpus: vcpus(plan).into(),
-            memory_mib: plan.memory_mib,
-            accelerator: facts.accelerator,
-            vmm: facts.vmm,
-            nic: false,
-            no_nic_reason: self.options.no_nic_reason.clone(),
-        }
-    }
-
-    fn prepare(&self, plan: &VmPlan) -> Result<(), HostError> {
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError> {
         let folder = self.folder(&plan.vm);
         let failed = |error: &dyn std::fmt::Display| HostError {
             message: format!(
@@ -173,18 +174,32 @@ impl VmHost for DirectHost {
                 folder.display()
             ),
         };
-        let config = self.config(plan);
-        config.check().map_err(|error| failed(&error))?;
         remove_dir(&folder).map_err(|error| failed(&error))?;
         make_private_dir(&folder).map_err(|error| failed(&error))?;
+        let attached = self.options.nics.attach(&plan.vm);
+        let config = self.config(plan, attached.as_ref().ok());
+        config.check().map_err(|error| failed(&error))?;
+        let additions = self.additions(attached.as_ref().ok());
         let files = [
             ("vm.json", config.to_json()),
-            (far_vmm::additions::FILE_NAME, self.additions().to_json()),
+            (far_vmm::additions::FILE_NAME, additions.to_json()),
         ];
         for (name, text) in files {
             write_atomic(&folder.join(name), text.as_bytes()).map_err(|error| failed(&error))?;
         }
-        Ok(())
+        let facts = self.facts();
+        let resources = Resources {
+            vcpus: vcpus(plan).into(),
+            memory_mib: plan.memory_mib,
+            accelerator: facts.accelerator,
+            vmm: facts.vmm,
+            nic: attached.is_ok(),
+            no_nic_reason: attached.as_ref().err().cloned().unwrap_or_default(),
+        };
+        Ok(Prepared {
+            resources,
+            nic: attached.ok().map(|attachment| attachment.nic),
+        })
     }
 
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>> {
@@ -313,8 +328,16 @@ impl VmHost for DirectHost {
                 }
             };
             let is_gone = timeout(RELEASE_LIMIT, gone).await.is_ok();
-            // far-vmm goes as well when its folder is gone.
-            let removed = tokio::task::spawn_blocking(move || remove_dir(&folder)).await;
+            let (options, owner) = (self.options.clone(), vm.clone());
+            let removing = move || {
+                // Kept by a VMM that did not go: the slot stays taken, and goes with the namespace.
+                if let Err(error) = options.nics.detach(&owner) {
+                    tracing::warn!(vm.id = %owner, %error, "a tap is left");
+                }
+                // far-vmm goes as well when its folder is gone.
+                remove_dir(&folder)
+            };
+            let removed = tokio::task::spawn_blocking(removing).await;
             match removed {
                 Ok(Ok(())) if is_gone => Ok(()),
                 Ok(Ok(())) => Err(HostError {

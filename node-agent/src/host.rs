@@ -2,7 +2,7 @@
 //!
 //! The real ones are [`crate::direct_host`] (far-vmm) and [`crate::store`] (far-images); tests have theirs in memory.
 
-use crate::{names::VmId, outcome::VmmEnd, record::Resources};
+use crate::{names::VmId, nics::Nic, outcome::VmmEnd, record::Resources};
 use futures::future::BoxFuture;
 use std::{
     collections::BTreeSet,
@@ -21,6 +21,15 @@ pub struct VmPlan {
     pub vcpus: u32,
     /// Guest memory.
     pub memory_mib: u32,
+}
+
+/// What a VM that was prepared will get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// As it is told.
+    pub resources: Resources,
+    /// What the guest is told of its NIC; `None`: none.
+    pub nic: Option<Nic>,
 }
 
 /// A VM could not be started.
@@ -48,13 +57,11 @@ pub trait VmHost: Debug + Send + Sync + 'static {
     fn facts(&self) -> HostFacts;
     /// Folder of a VM's files and sockets.
     fn folder(&self, vm: &VmId) -> PathBuf;
-    /// What a VM with this plan gets.
-    fn resources(&self, plan: &VmPlan) -> Resources;
-    /// Makes the VM's folder, in place of what may lie there. Nothing runs yet. Blocking.
+    /// Makes the VM's folder, in place of what may lie there, and its NIC. Nothing runs yet. Blocking.
     ///
     /// # Errors
-    /// What could not be written.
-    fn prepare(&self, plan: &VmPlan) -> Result<(), HostError>;
+    /// What could not be written. Going without a NIC is no error.
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError>;
     /// Spawns the VMM, detached.
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>>;
     /// Completes when the VMM ended, also one that an earlier far-node spawned. Cancel-safe.

@@ -17,6 +17,7 @@ pub mod ledger;
 mod log_sink;
 pub mod logs;
 pub mod names;
+pub mod nics;
 pub mod node;
 pub mod outcome;
 pub mod record;

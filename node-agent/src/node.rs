@@ -20,6 +20,7 @@ use crate::{
     files::{make_private_dir, write_atomic},
     host::{Images, VmHost},
     ledger::{Ledger, Loaded},
+    nics::Nics,
     remote::Remote,
     store::Store,
     supervisor::Supervisor,
@@ -119,17 +120,20 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         tracing::warn!(qemu = %found.qemu.reason, vhost_device_vsock = %found.vhost_device_vsock.reason,
             firecracker = %found.firecracker.reason, kvm = %found.kvm.reason, "this machine cannot run microVMs");
     }
-    let no_nic_reason = match config.network {
-        Network::None => "the blade runs with --network none: vsock only",
-        Network::Auto => "this blade gives its microVMs no NIC: vsock only",
+    let nics = match config.network {
+        Network::None => Nics::none("no NIC: the blade runs with --network none; vsock only"),
+        Network::Auto => Nics::open(),
     };
+    if let Some(lack) = nics.lack() {
+        tracing::info!(reason = %lack, "microVMs of this blade have no NIC");
+    }
     let options = DirectHostOptions {
         vms,
         kernel,
         initramfs,
         far_vmm: config.far_vmm.clone(),
         backend: config.backend,
-        no_nic_reason: no_nic_reason.to_owned(),
+        nics,
     };
     let host: Arc<dyn VmHost> = Arc::new(DirectHost::new(options, found));
     let images: Arc<dyn Images> = Arc::new(Store::open(&state.join("images"))?);

@@ -429,6 +429,7 @@ pub(crate) mod tests {
                 image_env: vec![],
                 working_dir: "/".into(),
                 user: String::new(),
+                nic: None,
             },
             message: String::new(),
         }

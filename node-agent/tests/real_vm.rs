@@ -318,3 +318,31 @@ async fn bad_images_and_programs_are_told_before_a_boot() {
         .await
         .unwrap();
 }
+
+#[tokio::test]
+async fn a_guest_has_a_nic_or_the_status_says_why_not() {
+    let test = "a_guest_has_a_nic_or_the_status_says_why_not";
+    for (more, may_have_one) in [(&[][..], true), (&["--network", "none"][..], false)] {
+        let Some(mut node) = Node::start_with(test, more).await else {
+            return;
+        };
+        let Some(()) = node.load_payload().await else { return };
+        let request = agent(
+            "nic",
+            "payload",
+            None,
+            &["cat=/proc/net/dev", "cat=/proc/net/fib_trie"],
+            128,
+        );
+        node.client().ensure_agent(request).await.unwrap();
+        let state = node.until("nic", |state| state.phase() == Phase::Ended).await;
+        assert_eq!(state.end.as_ref().unwrap().exit_code, Some(0), "{}", node.report());
+        let resources = state.resources.clone().unwrap();
+        assert_eq!(resources.nic, resources.no_nic_reason.is_empty(), "{resources:?}");
+        assert!(may_have_one || !resources.nic);
+        let output = node.output("nic").await;
+        assert_eq!(output.contains("100.64.0."), resources.nic, "{output}\n{state:#?}");
+        eprintln!("nic: {} {}", resources.nic, resources.no_nic_reason);
+        node.until_nothing_is_left(&state.vm_id).await;
+    }
+}

@@ -1,6 +1,6 @@
 //! What a guest is given to run: the image's own settings under the spec's, and the messages that carry them.
 
-use crate::{host::ImageSettings, names::to_dns_label, record::UnixMs, spec::Spec};
+use crate::{host::ImageSettings, names::to_dns_label, nics::Nic, record::UnixMs, spec::Spec};
 use far_proto::{
     frame::MAX_BODY,
     guest::{self, Config, FileChunk, FileEntry, HostMessage, Start, host_message::Kind},
@@ -30,6 +30,8 @@ pub struct Launch {
     pub working_dir: String,
     /// As in an OCI config; empty: root.
     pub user: String,
+    /// The guest's NIC; absent: none.
+    pub nic: Option<Nic>,
 }
 
 /// Why image and spec together do not name a program.
@@ -100,6 +102,7 @@ pub(crate) fn launch(
             working_dir
         },
         user: image.user.clone(),
+        nic: None,
     })
 }
 
@@ -155,7 +158,12 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
         wall_time_unix_ns: now.saturating_mul(1_000_000),
         entropy,
         termination_grace_s: spec.grace_s,
-        nic: None,
+        nic: launch.nic.as_ref().map(|nic| guest::Nic {
+            mac: nic.mac.to_vec(),
+            addresses: vec![nic.address.clone()],
+            // The namespace has no uplink: nothing lies behind the host's end.
+            ..guest::Nic::default()
+        }),
     };
     let mut messages = vec![HostMessage {
         kind: Some(Kind::Config(config)),

@@ -4,7 +4,9 @@ use crate::{
     agent::{Blade, Limits},
     board::{Board, Entry},
     clock::Clock,
-    host::{HostError, HostFacts, ImageFault, ImageSettings, Images, ReadyImage, StoredImage, VmHost, VmPlan},
+    host::{
+        HostError, HostFacts, ImageFault, ImageSettings, Images, Prepared, ReadyImage, StoredImage, VmHost, VmPlan,
+    },
     ledger::Ledger,
     logs::LogReader,
     names::{AttemptKey, VmId},
@@ -92,18 +94,16 @@ impl VmHost for FakeHost {
         self.folder.join(vm.as_str())
     }
 
-    fn resources(&self, plan: &VmPlan) -> Resources {
-        Resources {
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError> {
+        fs::create_dir_all(self.folder(&plan.vm)).map_err(|error| HostError {
+            message: error.to_string(),
+        })?;
+        let resources = Resources {
             vcpus: plan.vcpus,
             memory_mib: plan.memory_mib,
             ..Resources::default()
-        }
-    }
-
-    fn prepare(&self, plan: &VmPlan) -> Result<(), HostError> {
-        fs::create_dir_all(self.folder(&plan.vm)).map_err(|error| HostError {
-            message: error.to_string(),
-        })
+        };
+        Ok(Prepared { resources, nic: None })
     }
 
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>> {

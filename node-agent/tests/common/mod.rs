@@ -114,9 +114,12 @@ impl Node {
             "--system-reserved-memory".into(),
             "0MiB".into(),
         ];
-        if let Some(at) = more.iter().position(|arg| *arg == "--boot-timeout") {
-            let own = args.iter().position(|arg| arg == "--boot-timeout").unwrap();
-            args[own + 1] = more[at + 1].into();
+        // Later ones override.
+        for pair in more.chunks(2) {
+            match args.iter().position(|arg| arg == pair[0]) {
+                Some(at) => args[at + 1] = pair[1].into(),
+                None => args.extend(pair.iter().map(|arg| (*arg).to_owned())),
+            }
         }
         let process = spawn(&args, dir.path());
         let client = connect(dir.path()).await;
