@@ -49,7 +49,7 @@ const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-no
 pub struct Config {
     /// Store, CA and token; made with mode 0700 when missing.
     pub data_dir: PathBuf,
-    /// Loopback address; port 0 lets the kernel choose.
+    /// Loopback address; port 0 takes the last run's port again where it is free, else one that the kernel picks.
     pub listen: SocketAddr,
     /// Serve `/debug/faults`. The handle in [`DevApi::faults`] works in any case.
     pub enable_fault_injection: bool,
@@ -107,12 +107,7 @@ impl DevApi {
         let store = opened
             .map_err(|error| StartError::Store(error.into()))?
             .map_err(|error| StartError::Store(error.into()))?;
-        let failed = |source| StartError::Listen {
-            address: config.listen,
-            source,
-        };
-        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+        let (listener, address) = listen(&config).await?;
         let registry = api::registry::Registry::new(&app::stored_crds(&store));
         let faults = Faults::default();
         let app = Arc::new(App {
@@ -172,6 +167,30 @@ pub fn write_private_file(path: &Path, text: &str) -> Result<(), tls::TlsError> 
 }
 
 pub use tls::TlsError;
+
+/// With port 0 the port of the last run is taken again where it is free: a server that was killed and started again
+/// is then where its clients still look for it.
+async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen {
+        address: config.listen,
+        source,
+    };
+    let remembered = config.data_dir.join("port");
+    let last = std::fs::read_to_string(&remembered)
+        .ok()
+        .and_then(|text| text.trim().parse::<u16>().ok());
+    let mut listener = None;
+    if let (0, Some(port)) = (config.listen.port(), last) {
+        listener = TcpListener::bind(SocketAddr::new(config.listen.ip(), port)).await.ok();
+    }
+    let listener = match listener {
+        Some(listener) => listener,
+        None => TcpListener::bind(config.listen).await.map_err(failed)?,
+    };
+    let address = listener.local_addr().map_err(failed)?;
+    tls::write_private(&remembered, &address.port().to_string())?;
+    Ok((listener, address))
+}
 
 fn make_folder(path: &Path) -> Result<(), StartError> {
     use std::os::unix::fs::DirBuilderExt as _;

@@ -16,7 +16,7 @@ struct Arguments {
     /// Folder for the store, the CA and the token
     #[arg(long)]
     data_dir: PathBuf,
-    /// Loopback address to serve on; port 0 lets the kernel choose
+    /// Loopback address to serve on; port 0 takes the last run's port again, else a free one
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
     /// File that gets the https URL once the API serves

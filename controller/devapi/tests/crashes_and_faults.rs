@@ -58,7 +58,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     let folder = tempfile::tempdir().unwrap();
     let mut process = Process::start(folder.path()).await;
     process.client.install_crd().await;
-    let token = process.client.token.clone();
+    let (token, address) = (process.client.token.clone(), process.client.address.clone());
     let writers: Vec<_> = (0..8)
         .map(|writer| {
             let client = process.client.clone();
@@ -104,7 +104,11 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     );
 
     let process = Process::start(folder.path()).await;
-    assert_eq!(process.client.token, token, "credentials stay good");
+    assert_eq!(
+        (&process.client.token, &process.client.address),
+        (&token, &address),
+        "clients find it again"
+    );
     let (_, list) = process.client.get(AGENTS).await;
     let kept: Vec<_> = list["items"]
         .as_array()

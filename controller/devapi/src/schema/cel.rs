@@ -40,11 +40,22 @@ impl Rules {
         // Made per call: the interpreter's context is cheap and not shared between threads.
         let outcome = Validator::new().validate_compiled_with_context(&self.schema, value, old, Some(&self.context));
         let Err(errors) = outcome else { return Vec::new() };
+        // The real server runs no rule on a null.
         errors
             .into_iter()
+            .filter(|error| !at(value, &error.field_path).is_some_and(Value::is_null))
             .map(|error| cause(error.reason.as_deref(), error.field_path, &error.kind, error.message))
             .collect()
     }
+}
+
+/// The value at a path such as `spec.env[0].name`; `None` where keys with dots make it ambiguous.
+fn at<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
+    let mut parts = path.split(['.', '[']).filter(|part| !part.is_empty());
+    parts.try_fold(value, |at, part| match part.strip_suffix(']') {
+        Some(index) => at.get(index.parse::<usize>().ok()?),
+        None => at.get(part),
+    })
 }
 
 fn cause(reason: Option<&str>, path: String, kind: &ErrorKind, message: String) -> Cause {
@@ -147,6 +158,19 @@ mod tests {
         assert!(messages(json!(1)).is_empty());
         assert_eq!(messages(json!("0")), ["Invalid value: must be positive"]);
         assert_eq!(messages(json!("abc")), ["Invalid value: not a quantity"]);
+    }
+
+    #[test]
+    fn a_null_is_not_held_to_the_rules_of_its_field() {
+        let rules = rules(
+            json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {"args": {"type": "array", "items":
+            {"type": "string", "nullable": true, "x-kubernetes-validations": [{"rule": "self.startsWith('/')", "message": "not absolute"}]}}}}}}),
+        );
+        let causes = rules.check(&json!({"spec": {"args": [null, "/a", "b"]}}), None);
+        assert_eq!(
+            causes.iter().map(|c| c.field.as_str()).collect::<Vec<_>>(),
+            ["spec.args[2]"]
+        );
     }
 
     #[test]
