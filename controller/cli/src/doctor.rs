@@ -67,7 +67,8 @@ pub(crate) async fn doctor(folders: &Folders, args: &OutputArgs) -> anyhow::Resu
     let kubectl = tokio::task::spawn_blocking(kubectl).await?;
     let mut checks = of_capabilities(&found);
     checks.push(programs());
-    checks.push(boot_kit(&folders.cache));
+    let kit = std::env::var_os("FAR_BOOT_KIT").map_or_else(|| folders.cache.join("guest"), PathBuf::from);
+    checks.push(boot_kit(&kit));
     checks.push(folders_check(folders));
     checks.push(kubectl);
     if args.output.is_some() {
@@ -108,9 +109,8 @@ fn programs() -> Check {
     }
 }
 
-fn boot_kit(cache: &Path) -> Check {
-    let folder = std::env::var_os("FAR_BOOT_KIT").map_or_else(|| cache.join("guest"), PathBuf::from);
-    let missing = missing_in_boot_kit(&folder);
+fn boot_kit(folder: &Path) -> Check {
+    let missing = missing_in_boot_kit(folder);
     Check {
         name: "boot kit",
         need: Need::Needed,

@@ -1,5 +1,8 @@
 //! What `far` asks of the blade on this machine, and `far run` from creation to exit code.
 
+// A panic in a helper is the test's report.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{AGENT, Machine, blade::Blade, finish, until};

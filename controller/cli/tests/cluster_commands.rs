@@ -1,5 +1,8 @@
 //! What `far` asks of a Kubernetes API, against the embedded one with the project's CRDs.
 
+// A panic in a helper is the test's report.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{AGENT, Machine, finish};

@@ -1,5 +1,7 @@
 //! A machine for tests: folders of its own, the embedded API with the project's CRDs, and the real `far` binary.
-#![allow(dead_code)]
+//!
+//! Each test program uses a part of it, and a panic in it is the report.
+#![allow(dead_code, clippy::unwrap_used)]
 
 pub(crate) mod blade;
 
