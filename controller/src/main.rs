@@ -1,3 +1,128 @@
-//! Kubernetes controller for FarAgents: placement, lifecycle, node registry, CA, status.
+//! `far-controller`: runs the controller, prints the CRDs, makes join tokens, revokes blades.
 
-fn main() {}
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use far_controller::{
+    Config,
+    tokens::{MAX_LIFE, Revocations, Tokens},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Kubernetes controller for FarAgents.
+#[derive(Debug, Parser)]
+#[command(name = "far-controller", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the controller until TERM or INT.
+    Run(Box<Config>),
+    /// Print the CRDs as YAML, or write one file each.
+    Crds {
+        /// Folder to write to.
+        #[arg(long)]
+        out_dir: Option<PathBuf>,
+    },
+    /// Join tokens for blades.
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Refuse every certificate a blade has from now on; it has to join again.
+    Revoke {
+        /// State folder of the controller.
+        #[arg(long, env = "FAR_CONTROLLER_STATE")]
+        state_dir: PathBuf,
+        /// Name of the blade.
+        #[arg(long)]
+        blade: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Print a new token that works once.
+    Create {
+        /// State folder of the controller.
+        #[arg(long, env = "FAR_CONTROLLER_STATE")]
+        state_dir: PathBuf,
+        /// Only for this blade.
+        #[arg(long)]
+        blade: Option<String>,
+        /// Seconds until it expires, at most 3600.
+        #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: u64,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Run(config) => run(*config),
+        Command::Crds { out_dir } => crds(out_dir),
+        Command::Token {
+            command:
+                TokenCommand::Create {
+                    state_dir,
+                    blade,
+                    seconds,
+                },
+        } => {
+            let life = Duration::from_secs(seconds).min(MAX_LIFE);
+            println!("{}", Tokens::new(&state_dir).create(blade.as_deref(), life)?);
+            Ok(())
+        }
+        Command::Revoke { state_dir, blade } => {
+            let count = Revocations::new(&state_dir).revoke(&blade).context("revoking")?;
+            println!("{count} certificates of blade {blade} are refused from now on");
+            Ok(())
+        }
+    }
+}
+
+fn crds(out_dir: Option<PathBuf>) -> Result<()> {
+    for (name, text) in far_api::crds_yaml()? {
+        match &out_dir {
+            Some(folder) => {
+                let path = folder.join(name);
+                std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            }
+            None => print!("---\n{text}"),
+        }
+    }
+    Ok(())
+}
+
+#[tokio::main]
+async fn run(config: Config) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FAR_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_runtime=warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let shutdown = CancellationToken::new();
+    let mut term = signal(SignalKind::terminate()).context("listening for TERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listening for INT")?;
+    let asked = shutdown.clone();
+    tokio::spawn(async move {
+        for round in 0.. {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            if round > 0 {
+                // The second signal ends at once.
+                std::process::exit(130);
+            }
+            asked.cancel();
+        }
+    });
+    far_controller::start(config, shutdown).await?.wait().await
+}

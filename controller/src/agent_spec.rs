@@ -1,0 +1,230 @@
+//! `FarAgent.spec` becomes the node API's `AgentSpec`, with Secrets and ConfigMaps resolved. What is missing is named by
+//! field and object. Values of Secrets are marked; neither they nor the result is ever formatted.
+
+use std::collections::{BTreeMap, HashMap};
+
+use far_api::{Env, FarAgent, FileSource, KeyRef};
+use far_proto::node as wire;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::{Api, Client};
+
+use crate::convert;
+
+/// All files of one agent together, bytes (node.proto and control.proto: 8 MiB).
+const MAX_FILES_BYTES: usize = 8 * 1024 * 1024;
+
+/// Why a spec cannot be sent to a blade.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpecError {
+    /// May be there later.
+    #[error("{field}: {what}")]
+    Missing { field: String, what: String },
+    /// Never will do.
+    #[error("{0}")]
+    Invalid(String),
+    /// The API did not answer.
+    #[error("{field}: reading {object}")]
+    Read {
+        field: String,
+        object: String,
+        source: Box<kube::Error>,
+    },
+}
+
+/// The objects that were read for one spec, each once.
+struct Sources<'a> {
+    client: &'a Client,
+    namespace: &'a str,
+    config_maps: HashMap<String, Option<BTreeMap<String, Vec<u8>>>>,
+    secrets: HashMap<String, Option<BTreeMap<String, Vec<u8>>>>,
+}
+
+/// Reads what the spec refers to and builds the request's spec.
+pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) -> Result<wire::AgentSpec, SpecError> {
+    let spec = &agent.spec;
+    let request = convert::request(agent).map_err(SpecError::Invalid)?;
+    let small = |field: &str, amount: u64| {
+        u32::try_from(amount).map_err(|_| SpecError::Invalid(format!("spec.{field}: more than any microVM can have")))
+    };
+    let mut sources = Sources {
+        client,
+        namespace,
+        config_maps: HashMap::new(),
+        secrets: HashMap::new(),
+    };
+    let mut env = Vec::new();
+    for (index, one) in spec.env.iter().flatten().enumerate() {
+        env.push(sources.env(index, one).await?);
+    }
+    let mut files = Vec::new();
+    for (index, one) in spec.files.iter().flatten().enumerate() {
+        sources.file(index, one, &mut files).await?;
+    }
+    let bytes: usize = files.iter().map(|file| file.data.len()).sum();
+    if bytes > MAX_FILES_BYTES {
+        return Err(SpecError::Invalid(format!(
+            "spec.files: {bytes} bytes are more than the {MAX_FILES_BYTES} an agent may have"
+        )));
+    }
+    Ok(wire::AgentSpec {
+        image: spec.image.clone(),
+        cpu_millis: small("cpu", request.cpu_millis)?,
+        memory_mib: small("memory", request.memory_mib)?,
+        entrypoint: spec.entrypoint.clone(),
+        args: spec.args.clone().unwrap_or_default(),
+        env,
+        files,
+        termination_grace_s: spec.termination_grace_period_seconds,
+        active_deadline_s: spec.active_deadline_seconds.unwrap_or(0),
+        working_dir: spec.working_dir.clone(),
+    })
+}
+
+impl Sources<'_> {
+    async fn env(&mut self, index: usize, env: &Env) -> Result<wire::EnvVar, SpecError> {
+        let field = format!("spec.env[{index}] ({})", env.name);
+        let (value, secret) = match &env.value_from {
+            None => (env.value.clone().unwrap_or_default(), false),
+            Some(from) => {
+                let (bytes, secret) = match (&from.secret_key_ref, &from.config_map_key_ref) {
+                    (Some(key), _) => (self.secret_key(&field, key).await?, true),
+                    (None, Some(key)) => (self.config_map_key(&field, key).await?, false),
+                    (None, None) => return Err(SpecError::Invalid(format!("{field}: valueFrom names no source"))),
+                };
+                let text = String::from_utf8(bytes)
+                    .map_err(|_| SpecError::Invalid(format!("{field}: the value is not UTF-8 text")))?;
+                (text, secret)
+            }
+        };
+        if value.contains('\0') {
+            return Err(SpecError::Invalid(format!("{field}: the value contains a NUL byte")));
+        }
+        Ok(wire::EnvVar {
+            name: env.name.clone(),
+            value,
+            secret,
+        })
+    }
+
+    async fn file(&mut self, index: usize, file: &FileSource, files: &mut Vec<wire::File>) -> Result<(), SpecError> {
+        let field = format!("spec.files[{index}] ({})", file.path);
+        let mut push = |path: String, data: Vec<u8>, secret: bool| {
+            let mode = file.mode.unwrap_or(if secret { 0o400 } else { 0o444 });
+            files.push(wire::File {
+                path,
+                mode,
+                data,
+                secret,
+            });
+        };
+        if let Some(text) = &file.inline {
+            push(file.path.clone(), text.clone().into_bytes(), false);
+        } else if let Some(key) = &file.config_map_key_ref {
+            push(file.path.clone(), self.config_map_key(&field, key).await?, false);
+        } else if let Some(key) = &file.secret_key_ref {
+            push(file.path.clone(), self.secret_key(&field, key).await?, true);
+        } else if let Some(whole) = &file.config_map_ref {
+            let data = self.config_map(&field, &whole.name).await?.clone();
+            // Keys are [-._a-zA-Z0-9]+ and neither "." nor ".." by the API's own rule; checked, since they become paths.
+            for (key, bytes) in data {
+                if key == "." || key == ".." || key.contains('/') {
+                    return Err(SpecError::Invalid(format!(
+                        "{field}: key {key:?} of ConfigMap {:?} is no file name",
+                        whole.name
+                    )));
+                }
+                push(format!("{}/{key}", file.path), bytes, false);
+            }
+        } else {
+            return Err(SpecError::Invalid(format!("{field}: no source is named")));
+        }
+        Ok(())
+    }
+
+    async fn secret_key(&mut self, field: &str, key: &KeyRef) -> Result<Vec<u8>, SpecError> {
+        if !self.secrets.contains_key(&key.name) {
+            let api: Api<Secret> = Api::namespaced(self.client.clone(), self.namespace);
+            let found = api
+                .get_opt(&key.name)
+                .await
+                .map_err(|source| read(field, "Secret", &key.name, source))?;
+            let data = found.map(|secret| {
+                secret
+                    .data
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|(key, bytes)| (key, bytes.0))
+                    .collect()
+            });
+            self.secrets.insert(key.name.clone(), data);
+        }
+        pick(field, "Secret", key, self.secrets.get(&key.name))
+    }
+
+    async fn config_map_key(&mut self, field: &str, key: &KeyRef) -> Result<Vec<u8>, SpecError> {
+        // The error of a missing object is the same as of a missing key.
+        match self.config_map(field, &key.name).await {
+            Ok(_) | Err(SpecError::Missing { .. }) => pick(field, "ConfigMap", key, self.config_maps.get(&key.name)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn config_map(&mut self, field: &str, name: &str) -> Result<&BTreeMap<String, Vec<u8>>, SpecError> {
+        if !self.config_maps.contains_key(name) {
+            let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), self.namespace);
+            let found = api
+                .get_opt(name)
+                .await
+                .map_err(|source| read(field, "ConfigMap", name, source))?;
+            let data = found.map(|map| {
+                let text = map
+                    .data
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|(key, text)| (key, text.into_bytes()));
+                text.chain(
+                    map.binary_data
+                        .unwrap_or_default()
+                        .into_iter()
+                        .map(|(key, bytes)| (key, bytes.0)),
+                )
+                .collect()
+            });
+            self.config_maps.insert(name.to_owned(), data);
+        }
+        self.config_maps
+            .get(name)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| missing(field, "ConfigMap", name))
+    }
+}
+
+fn pick(
+    field: &str,
+    kind: &str,
+    key: &KeyRef,
+    found: Option<&Option<BTreeMap<String, Vec<u8>>>>,
+) -> Result<Vec<u8>, SpecError> {
+    let data = found
+        .and_then(Option::as_ref)
+        .ok_or_else(|| missing(field, kind, &key.name))?;
+    data.get(&key.key).cloned().ok_or_else(|| SpecError::Missing {
+        field: field.to_owned(),
+        what: format!("{kind} {:?} has no key {:?}", key.name, key.key),
+    })
+}
+
+fn missing(field: &str, kind: &str, name: &str) -> SpecError {
+    SpecError::Missing {
+        field: field.to_owned(),
+        what: format!("{kind} {name:?} does not exist"),
+    }
+}
+
+fn read(field: &str, kind: &str, name: &str, source: kube::Error) -> SpecError {
+    SpecError::Read {
+        field: field.to_owned(),
+        object: format!("{kind} {name:?}"),
+        source: Box::new(source),
+    }
+}

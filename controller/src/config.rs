@@ -1,0 +1,86 @@
+//! What the controller is told, checked once.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::Args;
+
+/// Options of `far-controller run`.
+#[derive(Debug, Clone, Args)]
+pub struct Config {
+    /// kubeconfig of the Kubernetes API; default: KUBECONFIG, ~/.kube/config or the Pod's own account.
+    #[arg(long, env = "FAR_KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Folder for the CA's key, join tokens and this controller's identity; made with mode 0700.
+    #[arg(long, env = "FAR_CONTROLLER_STATE")]
+    pub state_dir: PathBuf,
+    /// Where blades reach the controller; port 0 lets the kernel choose.
+    #[arg(long, env = "FAR_CONTROLLER_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Further names or addresses in the server's certificate, besides controller.far.internal and localhost.
+    #[arg(long, value_delimiter = ',')]
+    pub server_name: Vec<String>,
+    /// Written with the bound address (host:port) once the blade API serves.
+    #[arg(long)]
+    pub ready_file: Option<PathBuf>,
+    /// Install or update the CRDs at start.
+    #[arg(long)]
+    pub install_crds: bool,
+    /// Keep a fresh one-use join token in this file (0600) while the controller runs.
+    #[arg(long)]
+    pub issue_join_token_file: Option<PathBuf>,
+    /// Write the CA's certificate (PEM) to this file.
+    #[arg(long)]
+    pub ca_out: Option<PathBuf>,
+    /// How often blades are asked to send heartbeats, milliseconds, 100 to 60000.
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
+    pub heartbeat_ms: u32,
+    /// Seconds without a heartbeat after which a blade is not ready, and its agents are Unknown.
+    #[arg(long, default_value = "40", value_parser = seconds)]
+    pub node_lost_after: Duration,
+    /// Seconds a blade must be lost before the finalizers of its deleted agents are removed unconfirmed.
+    #[arg(long, default_value = "600", value_parser = seconds)]
+    pub fence_after: Duration,
+    /// Life of blades' certificates in seconds, 60 to 2592000; blades renew at half of it.
+    #[arg(long, default_value = "86400", value_parser = seconds)]
+    pub certificate_life: Duration,
+    /// Seconds until another controller may take over from one that is not heard of.
+    #[arg(long, default_value = "15", value_parser = seconds)]
+    pub lease_duration: Duration,
+    /// Agents worked on at the same time.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub concurrency: u16,
+    /// Decides ties between equal blades; default: random.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl Config {
+    /// The defaults of the command line, for tests and other programs.
+    #[must_use]
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            kubeconfig: None,
+            state_dir: state_dir.into(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            server_name: Vec::new(),
+            ready_file: None,
+            install_crds: false,
+            issue_join_token_file: None,
+            ca_out: None,
+            heartbeat_ms: 5_000,
+            node_lost_after: Duration::from_secs(40),
+            fence_after: Duration::from_secs(600),
+            certificate_life: Duration::from_secs(86_400),
+            lease_duration: Duration::from_secs(15),
+            concurrency: 32,
+            seed: None,
+        }
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=31_536_000.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        Ok(_) | Err(_) => Err("a number of seconds from 0.1 to 31536000 is needed".to_owned()),
+    }
+}

@@ -1,0 +1,333 @@
+//! The edges: the API's status and the node API's messages become `far-core` types, and back.
+
+use far_api::{BootResources, FarAgent, FarAgentStatus, FarNode, Phase as ApiPhase};
+use far_core::{
+    placement::{Blade, Request},
+    quantity::{self, QuantityError},
+    status::{Condition, ConditionKind, End, EndReason, Phase, Report, Resources, Stage, Stamp, Status},
+};
+use far_proto::node as wire;
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{Condition as ApiCondition, Time},
+    jiff::Timestamp,
+};
+
+/// Longest texts taken from a blade, bytes; its own bounds are 1 KiB and 2 KiB.
+const MAX_TEXT: usize = 4096;
+
+/// What placement needs of an agent.
+pub(crate) fn request(agent: &FarAgent) -> Result<Request, String> {
+    let spec = &agent.spec;
+    let field = |name: &'static str| move |error: QuantityError| format!("spec.{name}: {error}");
+    Ok(Request {
+        cpu_millis: quantity::cpu_millis(&spec.cpu.to_string()).map_err(field("cpu"))?,
+        memory_mib: quantity::memory_mib(&spec.memory.to_string()).map_err(field("memory"))?,
+        image: spec.image.clone(),
+        node_selector: spec.node_selector.clone().unwrap_or_default(),
+        node_name: spec.node_name.clone(),
+        avoid: Default::default(),
+    })
+}
+
+/// What placement needs of a blade.
+pub(crate) fn blade(node: &FarNode) -> Blade {
+    let status = node.status.clone().unwrap_or_default();
+    let room = status.allocatable.as_ref();
+    let amount = |text: Option<String>, read: fn(&str) -> Result<u64, QuantityError>| {
+        text.and_then(|text| read(&text).ok()).unwrap_or(0)
+    };
+    let mut labels = status.labels.clone().unwrap_or_default();
+    labels.extend(node.metadata.labels.clone().unwrap_or_default());
+    if let Some(name) = &node.metadata.name {
+        labels.insert("tiffany.dev/blade".to_owned(), name.clone());
+    }
+    if let Some(info) = &status.node_info {
+        labels.insert("tiffany.dev/arch".to_owned(), info.arch.clone());
+    }
+    let images = status.images.unwrap_or_default().into_iter();
+    Blade {
+        ready: is_ready(node),
+        cordoned: node.spec.unschedulable.unwrap_or(false),
+        taints: node
+            .spec
+            .taints
+            .iter()
+            .flatten()
+            .map(|taint| taint.key.clone())
+            .collect(),
+        labels,
+        cpu_millis: amount(room.map(|room| room.cpu.to_string()), quantity::cpu_millis),
+        memory_mib: amount(room.map(|room| room.memory.to_string()), quantity::memory_mib),
+        max_vms: room.and_then(|room| room.vms).unwrap_or(0),
+        images: images
+            .flat_map(|image| image.names.into_iter().chain([image.digest]))
+            .collect(),
+    }
+}
+
+/// Whether the blade was heard of lately.
+pub(crate) fn is_ready(node: &FarNode) -> bool {
+    let conditions = node.status.iter().flat_map(|status| &status.conditions);
+    conditions
+        .into_iter()
+        .any(|one| one.type_ == "Ready" && one.status == "True")
+}
+
+/// What the API claims of an agent.
+pub(crate) fn status_from_api(status: Option<&FarAgentStatus>) -> Status {
+    let Some(status) = status.cloned() else {
+        return Status::default();
+    };
+    let mut conditions: Vec<Condition> = status
+        .conditions
+        .into_iter()
+        .filter_map(|one| {
+            let kind = ConditionKind::ALL.into_iter().find(|kind| kind.as_str() == one.type_)?;
+            Some(Condition {
+                kind,
+                holds: one.status == "True",
+                reason: one.reason,
+                message: one.message,
+            })
+        })
+        .collect();
+    conditions.sort_by_key(|one| one.kind);
+    conditions.dedup_by_key(|one| one.kind);
+    Status {
+        conditions,
+        node: status.node_name,
+        attempt: status.attempt.unwrap_or(0),
+        exit_code: status.exit_code,
+        signal: status.signal,
+        reason: status.reason,
+        message: status.message,
+        started_at: status.started_at.map(|time| stamp(&time)),
+        finished_at: status.finished_at.map(|time| stamp(&time)),
+        image_digest: status.image_digest,
+        resources: status.resources.map(|got| Resources {
+            vcpus: got.vcpus.unwrap_or(0),
+            memory_mib: got.memory_mib.unwrap_or(0),
+            accelerator: got.accelerator.unwrap_or_default(),
+            vmm: got.vmm.unwrap_or_default(),
+            nic: got.nic.unwrap_or(false),
+            no_nic_reason: got.no_nic_reason.unwrap_or_default(),
+        }),
+        tail: status.tail,
+    }
+}
+
+/// The status as the API writes it; conditions that did not turn keep their time.
+pub(crate) fn status_to_api(
+    status: &Status,
+    old: Option<&FarAgentStatus>,
+    generation: i64,
+    now: Timestamp,
+) -> FarAgentStatus {
+    let conditions = status
+        .conditions
+        .iter()
+        .map(|one| {
+            let word = if one.holds { "True" } else { "False" };
+            let kept = old
+                .into_iter()
+                .flat_map(|old| &old.conditions)
+                .find(|old| old.type_ == one.kind.as_str() && old.status == word);
+            ApiCondition {
+                type_: one.kind.as_str().to_owned(),
+                status: word.to_owned(),
+                reason: one.reason.clone(),
+                message: one.message.clone(),
+                observed_generation: Some(generation),
+                last_transition_time: kept.map_or(Time(now), |kept| kept.last_transition_time.clone()),
+            }
+        })
+        .collect();
+    FarAgentStatus {
+        phase: Some(phase(status.phase())),
+        conditions,
+        observed_generation: Some(generation),
+        node_name: status.node.clone(),
+        attempt: (status.attempt > 0).then_some(status.attempt),
+        exit_code: status.exit_code,
+        signal: status.signal,
+        reason: status.reason.clone(),
+        message: status.message.clone(),
+        started_at: status.started_at.and_then(time),
+        finished_at: status.finished_at.and_then(time),
+        // restartPolicy is Never: an agent that began is not begun again.
+        restarts: (status.attempt > 0).then_some(0),
+        image_digest: status.image_digest.clone(),
+        resources: status.resources.as_ref().map(|got| BootResources {
+            vcpus: Some(got.vcpus),
+            memory_mib: Some(got.memory_mib),
+            accelerator: Some(got.accelerator.clone()),
+            vmm: Some(got.vmm.clone()),
+            nic: Some(got.nic),
+            no_nic_reason: Some(got.no_nic_reason.clone()).filter(|text| !text.is_empty()),
+        }),
+        tail: status.tail.clone(),
+    }
+}
+
+fn phase(phase: Phase) -> ApiPhase {
+    match phase {
+        Phase::Pending => ApiPhase::Pending,
+        Phase::Scheduled => ApiPhase::Scheduled,
+        Phase::Starting => ApiPhase::Starting,
+        Phase::Running => ApiPhase::Running,
+        Phase::Sleeping => ApiPhase::Sleeping,
+        Phase::Completed => ApiPhase::Completed,
+        Phase::Failed => ApiPhase::Failed,
+        Phase::Unknown => ApiPhase::Unknown,
+    }
+}
+
+fn stamp(time: &Time) -> Stamp {
+    // The API keeps seconds; so do statuses, or every comparison would see a change.
+    Stamp {
+        seconds: time.0.as_second(),
+        nanos: 0,
+    }
+}
+
+fn time(stamp: Stamp) -> Option<Time> {
+    Timestamp::from_second(stamp.seconds).ok().map(Time)
+}
+
+/// What a blade says of an attempt; `None`: it names none, or a phase nobody knows.
+pub(crate) fn report(state: wire::AgentState) -> Option<(wire::Identity, Report)> {
+    let stage = match state.phase() {
+        wire::Phase::Unspecified => return None,
+        wire::Phase::Accepted => Stage::Accepted,
+        wire::Phase::Preparing => Stage::Preparing,
+        wire::Phase::Starting => Stage::Starting,
+        wire::Phase::Running => Stage::Running,
+        wire::Phase::Stopping => Stage::Stopping,
+        wire::Phase::Ended => Stage::Ended,
+    };
+    let identity = state.identity?;
+    let moment = |at: Option<prost_types::Timestamp>| {
+        at.map(|at| Stamp {
+            seconds: at.seconds,
+            nanos: 0,
+        })
+    };
+    let report = Report {
+        attempt: identity.attempt,
+        stage,
+        image_digest: cut(state.image_digest, 128),
+        resources: state.resources.map(|got| Resources {
+            vcpus: got.vcpus,
+            memory_mib: got.memory_mib,
+            accelerator: cut(got.accelerator, 64),
+            vmm: cut(got.vmm, 64),
+            nic: got.nic,
+            no_nic_reason: cut(got.no_nic_reason, 1024),
+        }),
+        booted: state.booted_at.is_some() || stage == Stage::Running,
+        started_at: moment(state.started_at),
+        finished_at: moment(state.finished_at),
+        end: state.end.map(end),
+        message: cut(state.message, MAX_TEXT),
+    };
+    Some((identity, report))
+}
+
+fn end(end: wire::End) -> End {
+    let reason = match end.reason() {
+        // A reason of a later version: it ended, and nothing more is known.
+        wire::EndReason::Unspecified => EndReason::InitLost,
+        wire::EndReason::Completed => EndReason::Completed,
+        wire::EndReason::Error => EndReason::Error,
+        wire::EndReason::Signal => EndReason::Signal,
+        wire::EndReason::OomKilled => EndReason::OomKilled,
+        wire::EndReason::KernelPanic => EndReason::KernelPanic,
+        wire::EndReason::BootTimeout => EndReason::BootTimeout,
+        wire::EndReason::VmmCrashed => EndReason::VmmCrashed,
+        wire::EndReason::ImageError => EndReason::ImageError,
+        wire::EndReason::NetworkError => EndReason::NetworkError,
+        wire::EndReason::DeadlineExceeded => EndReason::DeadlineExceeded,
+        wire::EndReason::Evicted => EndReason::Evicted,
+        wire::EndReason::NodeLost => EndReason::NodeLost,
+        wire::EndReason::BladeRebooted => EndReason::BladeRebooted,
+        wire::EndReason::InitLost => EndReason::InitLost,
+    };
+    End {
+        reason,
+        exit_code: end.exit_code,
+        signal: end.signal,
+        message: cut(end.message, MAX_TEXT),
+        tail: cut(end.tail, MAX_TEXT),
+    }
+}
+
+/// At most `most` bytes, at a character's border.
+pub(crate) fn cut(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use far_core::status::Fact;
+
+    use super::*;
+
+    #[test]
+    fn a_status_is_read_back_from_the_api_as_it_was_written() {
+        let end = End {
+            reason: EndReason::Error,
+            exit_code: Some(3),
+            signal: None,
+            message: "m".into(),
+            tail: "t".into(),
+        };
+        let resources = Resources {
+            vcpus: 1,
+            memory_mib: 512,
+            ..Resources::default()
+        };
+        let at = Some(Stamp {
+            seconds: 1_700_000_000,
+            nanos: 0,
+        });
+        let report = Report {
+            attempt: 1,
+            stage: Stage::Ended,
+            image_digest: "sha256:1".into(),
+            resources: Some(resources),
+            booted: true,
+            started_at: at,
+            finished_at: at,
+            end: Some(end),
+            message: String::new(),
+        };
+        let mut status = Status::default();
+        for fact in [
+            Fact::Unschedulable("no"),
+            Fact::Placed { blade: "b" },
+            Fact::Seen(&report),
+        ] {
+            status = status.after(&fact);
+            let written = status_to_api(&status, None, 1, Timestamp::UNIX_EPOCH);
+            let text = serde_json::to_string(&written).unwrap();
+            assert_eq!(status_from_api(Some(&serde_json::from_str(&text).unwrap())), status);
+        }
+    }
+
+    #[test]
+    fn a_condition_that_did_not_turn_keeps_its_time() {
+        let status = Status::default().after(&Fact::Placed { blade: "b" });
+        let old = status_to_api(&status, None, 1, Timestamp::UNIX_EPOCH);
+        let new = status_to_api(&status, Some(&old), 2, Timestamp::MAX);
+        assert_eq!(new.conditions[0].last_transition_time, Time(Timestamp::UNIX_EPOCH));
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        assert_eq!(cut("aä".to_owned(), 2), "a");
+        assert_eq!(cut("aä".to_owned(), 3), "aä");
+    }
+}

@@ -1,0 +1,37 @@
+//! Kubernetes controller for FarAgents: watches, decides with `far-core`, calls blades, writes status.
+//!
+//! ```text
+//!  Kubernetes API ──watch──► world (index, reservations, reports) ◄──events── links (one per blade)
+//!        ▲                      │ dirty agents                                    ▲
+//!        │ status, finalizer    ▼                                                 │ far.node.v1, mTLS
+//!        └──────────────── reconcile ── decide (far-core) ── EnsureAgent, StopAgent, ForgetAgent
+//!  registry (FarNode, Lease) ◄── blades API (join, renew, heartbeat; mTLS with the controller's own CA)
+//! ```
+//! Nothing here is truth: the intent is in `status` (written before a blade is called), the boots are in the blades'
+//! ledgers. A killed controller starts from both and goes on.
+//!
+//! Invariant: the controller never writes a user's spec.
+#![forbid(unsafe_code)]
+
+mod agent_spec;
+mod blades;
+mod ca;
+mod calls;
+pub mod config;
+mod convert;
+mod dirty;
+mod events;
+mod files;
+mod install;
+mod leader;
+mod links;
+mod nodes;
+mod reconcile;
+mod registry;
+mod run;
+mod status_writer;
+pub mod tokens;
+mod world;
+
+pub use config::Config;
+pub use run::{Running, start};

@@ -1,0 +1,183 @@
+//! One connection and one event stream per blade. A stream that ends is opened again, from the blade's full state: what
+//! the blade no longer speaks of is then known to be gone.
+//!
+//! ```text
+//! connect ─► replay (every state) ─► synced ─► changes … ─┐
+//!    ▲                                                    │ ended, silent (HTTP/2 ping) or refused
+//!    └───────────────── wait, doubling ◄──────────────────┘
+//! ```
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use far_core::status::Stage;
+use far_proto::node::{EndReason, ForgetAgentRequest, StopAgentRequest, WatchEventsRequest};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Code, Status,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+
+use crate::{ca, calls, convert, world::World};
+
+/// First and longest wait after a failure.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A silent blade is asked whether it lives after this long, and has this long to answer.
+const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(10));
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Who the controller is towards blades.
+#[derive(Clone)]
+pub(crate) struct Credentials {
+    pub(crate) ca_pem: String,
+    pub(crate) certificate_pem: String,
+    pub(crate) key_pem: String,
+}
+
+/// What every link needs.
+#[derive(Clone)]
+pub(crate) struct Links {
+    pub(crate) world: Arc<World>,
+    pub(crate) credentials: Arc<Credentials>,
+    pub(crate) epoch: u64,
+    /// Cancelled when a blade knows a newer controller.
+    pub(crate) deposed: CancellationToken,
+    /// Cancelled once the list of agents is complete: before that nothing can be called an orphan.
+    pub(crate) agents_known: CancellationToken,
+}
+
+impl Links {
+    /// Keeps the blade's events coming in until cancelled.
+    pub(crate) async fn run(self, blade: String, endpoint: String, stop: CancellationToken) {
+        let channel = match self.channel(&blade, &endpoint) {
+            Ok(channel) => channel,
+            Err(error) => {
+                tracing::warn!(blade, endpoint, %error, "the blade's endpoint cannot be used");
+                return;
+            }
+        };
+        self.world.set_channel(&blade, channel.clone());
+        let mut failures = 0;
+        loop {
+            let mut was_synced = false;
+            let ended = tokio::select! {
+                // Another link may have taken over already: its state is not touched.
+                () = stop.cancelled() => return,
+                ended = self.follow(&blade, channel.clone(), &mut was_synced) => ended,
+            };
+            self.world.unsynced(&blade);
+            if ended.code() == Code::FailedPrecondition {
+                tracing::error!(
+                    blade,
+                    message = ended.message(),
+                    "a blade knows a newer controller: this one ends"
+                );
+                self.deposed.cancel();
+                return;
+            }
+            failures = if was_synced { 0 } else { failures + 1 };
+            tracing::info!(
+                blade,
+                error = ended.message(),
+                "the blade's event stream ended: opening it again"
+            );
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(backoff(failures)) => {}
+            }
+        }
+    }
+
+    fn channel(&self, blade: &str, endpoint: &str) -> Result<Channel, tonic::transport::Error> {
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&self.credentials.ca_pem))
+            .identity(Identity::from_pem(
+                &self.credentials.certificate_pem,
+                &self.credentials.key_pem,
+            ))
+            .domain_name(ca::blade_server_name(blade));
+        let endpoint = Endpoint::from_shared(format!("https://{endpoint}"))?
+            .connect_timeout(CONNECT_WITHIN)
+            .http2_keep_alive_interval(PING.0)
+            .keep_alive_timeout(PING.1)
+            .keep_alive_while_idle(true)
+            .tls_config(tls)?;
+        Ok(endpoint.connect_lazy())
+    }
+
+    /// Ends with the reason the stream ended.
+    async fn follow(&self, blade: &str, channel: Channel, was_synced: &mut bool) -> Status {
+        let mut client = calls::client(channel.clone());
+        let request = WatchEventsRequest {
+            epoch: self.epoch,
+            from_seq: 0,
+        };
+        let mut events = match client.watch_events(request).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return status,
+        };
+        let mut told = HashSet::new();
+        loop {
+            let event = match events.message().await {
+                Ok(Some(event)) => event,
+                Ok(None) => return Status::unavailable("the blade ended the stream"),
+                Err(status) => return status,
+            };
+            if let Some((identity, report)) = event.state.and_then(convert::report) {
+                if !*was_synced {
+                    told.insert(identity.uid.clone());
+                }
+                self.world.told(blade, &identity.uid, report);
+            }
+            if event.replay_done && !*was_synced {
+                *was_synced = true;
+                tracing::info!(blade, agents = told.len(), "the blade is connected");
+                self.world.synced(blade, &std::mem::take(&mut told));
+                if self.agents_known.is_cancelled() {
+                    self.remove_orphans(blade, channel.clone()).await;
+                }
+            }
+        }
+    }
+
+    /// Ends and forgets attempts whose agents are no longer in the API: released unconfirmed while the blade was away.
+    async fn remove_orphans(&self, blade: &str, channel: Channel) {
+        let mut client = calls::client(channel);
+        for (uid, report) in self.world.orphans(blade) {
+            let identity = far_proto::node::Identity {
+                uid: uid.clone(),
+                attempt: report.attempt,
+                ..Default::default()
+            };
+            tracing::info!(blade, uid, "an attempt on the blade has no agent any more: it is ended");
+            let (epoch, identity) = (self.epoch, Some(identity));
+            let done = if report.stage == Stage::Ended {
+                client
+                    .forget_agent(ForgetAgentRequest { epoch, identity })
+                    .await
+                    .map(drop)
+            } else {
+                let reason = EndReason::Evicted.into();
+                client
+                    .stop_agent(StopAgentRequest {
+                        epoch,
+                        identity,
+                        grace_s: None,
+                        reason,
+                    })
+                    .await
+                    .map(drop)
+            };
+            match done {
+                Ok(()) => self.world.untold(blade, &uid),
+                Err(error) => tracing::warn!(blade, uid, %error, "an orphaned attempt could not be ended"),
+            }
+        }
+    }
+}
+
+/// Doubling waits with jitter, so that many links do not come back at once.
+fn backoff(failures: u32) -> Duration {
+    let (first, longest) = BACKOFF;
+    let wait = first.saturating_mul(1 << failures.min(16)).min(longest);
+    wait.mul_f64(rand::random_range(0.5..1.0))
+}

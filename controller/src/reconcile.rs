@@ -1,0 +1,425 @@
+//! One pass over one agent: look, decide (far-core), act, write down what may be claimed. Level, not edge: a lost event
+//! costs one recheck, and a failed act is tried again.
+//!
+//! Invariant: the intent (blade, attempt) is written with resourceVersion before a blade is called.
+
+use std::{sync::Arc, time::Duration};
+
+use far_api::{FINALIZER, FarAgent};
+use far_core::{
+    lifecycle::{BladeView, Decision, Seen, decide},
+    status::{Fact, Phase, Report, Status},
+};
+use far_proto::node::Identity;
+use k8s_openapi::jiff::Timestamp;
+use kube::{
+    Client, ResourceExt,
+    runtime::{controller::Action, events::EventType},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent_spec::{self, SpecError},
+    calls::{Blade, CallError},
+    convert,
+    events::Events,
+    status_writer,
+    world::World,
+};
+
+/// Steps of one pass: place, ensure, tell and their like. More than these means that something turns in a circle.
+const MAX_STEPS: usize = 8;
+/// Between two writes of a status that is not final: changes in between are told together.
+const COALESCE: Duration = Duration::from_millis(250);
+/// A safety net where a change should wake the agent anyway.
+const RECHECK: Duration = Duration::from_secs(60);
+/// While waiting for a blade to come back, for a missing Secret, or for room after a refusal.
+const WAITING: Duration = Duration::from_secs(3);
+/// After a failed call or write.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Everything a pass needs.
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) world: Arc<World>,
+    pub(crate) events: Events,
+    pub(crate) epoch: u64,
+    /// Cancelled when another controller leads.
+    pub(crate) deposed: CancellationToken,
+    /// Cancelled once agents and blades are listed completely: before that, reservations are not complete either.
+    pub(crate) agents_known: CancellationToken,
+    pub(crate) nodes_known: CancellationToken,
+}
+
+/// Why a pass failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReconcileError {
+    #[error("{operation} of FarAgent {agent}")]
+    Api {
+        operation: &'static str,
+        agent: String,
+        source: Box<kube::Error>,
+    },
+    #[error("{operation} of FarAgent {agent} on blade {blade}")]
+    Blade {
+        operation: &'static str,
+        agent: String,
+        blade: String,
+        source: CallError,
+    },
+    #[error("FarAgent {agent} does not come to rest after {MAX_STEPS} steps")]
+    Restless { agent: String },
+}
+
+impl ReconcileError {
+    /// Somebody wrote in between: the watch brings it, and the next pass looks again.
+    fn is_conflict(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(error) if error.code == 409 || error.code == 404))
+    }
+}
+
+/// What to do after a failed pass.
+pub(crate) fn on_error(agent: Arc<FarAgent>, error: &ReconcileError, _: Arc<Context>) -> Action {
+    if error.is_conflict() {
+        return Action::requeue(RETRY / 10);
+    }
+    let chain = std::error::Error::source(error)
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    tracing::warn!(agent.namespace = agent.namespace(), agent.name = agent.name_any(), %error, cause = chain, "trying again");
+    Action::requeue(RETRY.mul_f64(rand::random_range(0.5..1.5)))
+}
+
+/// One pass.
+pub(crate) async fn reconcile(agent: Arc<FarAgent>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    context.agents_known.cancelled().await;
+    context.nodes_known.cancelled().await;
+    if context.deposed.is_cancelled() {
+        return Ok(Action::await_change());
+    }
+    let mut pass = Pass {
+        context: &context,
+        uid: agent.uid().unwrap_or_default(),
+        agent: context.world.newest(agent),
+    };
+    for _ in 0..MAX_STEPS {
+        match pass.step().await? {
+            Next::Again => {}
+            Next::Rest(action) => return Ok(action),
+        }
+    }
+    Err(ReconcileError::Restless { agent: pass.name() })
+}
+
+enum Next {
+    /// Something was done that may allow the next step.
+    Again,
+    Rest(Action),
+}
+
+struct Pass<'a> {
+    context: &'a Context,
+    uid: String,
+    agent: Arc<FarAgent>,
+}
+
+impl Pass<'_> {
+    fn name(&self) -> String {
+        format!(
+            "{}/{}",
+            self.agent.namespace().unwrap_or_default(),
+            self.agent.name_any()
+        )
+    }
+
+    fn status(&self) -> Status {
+        convert::status_from_api(self.agent.status.as_ref())
+    }
+
+    fn is_held(&self) -> bool {
+        self.agent.finalizers().iter().any(|one| one == FINALIZER)
+    }
+
+    async fn step(&mut self) -> Result<Next, ReconcileError> {
+        let status = self.status();
+        let (blade, report) = self.context.world.view(&self.uid, &status);
+        let seen = Seen {
+            status: &status,
+            deleting: self.agent.metadata.deletion_timestamp.is_some(),
+            held: self.is_held(),
+            blade,
+            report: report.as_ref(),
+        };
+        match decide(&seen) {
+            Decision::Rest => Ok(Next::Rest(rest(&seen))),
+            Decision::Place => self.place(&status).await,
+            Decision::Ensure => self.ensure(&status).await,
+            Decision::Tell => match &report {
+                Some(report) => self.tell(&status, report).await,
+                None => Ok(Next::Rest(Action::requeue(RECHECK))),
+            },
+            Decision::DeclareForgotten => self.learn(&status, &Fact::Forgotten).await,
+            Decision::DeclareLost => {
+                let blade = status.node.clone().unwrap_or_default();
+                let message = format!("blade {blade} is not heard of; the agent may still run there");
+                self.learn(&status, &Fact::BladeLost { message: &message }).await?;
+                Ok(Next::Rest(Action::requeue(RECHECK)))
+            }
+            Decision::Stop => self.stop(&status).await,
+            Decision::ForgetAndRelease => self.forget_and_release(&status).await,
+            Decision::Release => self.release().await,
+            Decision::ReleaseUnconfirmed => {
+                let blade = status.node.unwrap_or_default();
+                let note = format!(
+                    "blade {blade} was not heard of for the whole fence time: released without its confirmation"
+                );
+                self.context
+                    .events
+                    .say(&self.agent, EventType::Warning, "ReleasedUnconfirmed", &note)
+                    .await;
+                self.release().await
+            }
+        }
+    }
+
+    async fn place(&mut self, status: &Status) -> Result<Next, ReconcileError> {
+        let world = &self.context.world;
+        let request = match convert::request(&self.agent) {
+            Ok(request) => request,
+            Err(message) => return self.learn(status, &Fact::Rejected { message: &message }).await,
+        };
+        match world.place(&self.uid, request) {
+            Err(unschedulable) => {
+                let message = unschedulable.to_string();
+                let written = self.learn(status, &Fact::Unschedulable(&message)).await;
+                self.context
+                    .events
+                    .say(&self.agent, EventType::Warning, "FailedScheduling", &message)
+                    .await;
+                written?;
+                Ok(Next::Rest(Action::requeue(WAITING * 5)))
+            }
+            Ok(blade) => {
+                let placed = self.write_intent(status, &blade).await;
+                if placed.is_err() {
+                    world.unplace(&self.uid, None);
+                }
+                placed?;
+                let note = format!("placed on blade {blade}");
+                self.context
+                    .events
+                    .say(&self.agent, EventType::Normal, "Scheduled", &note)
+                    .await;
+                Ok(Next::Again)
+            }
+        }
+    }
+
+    /// Finalizer first, then the intent: from then on the blade may have it.
+    async fn write_intent(&mut self, status: &Status, blade: &str) -> Result<Next, ReconcileError> {
+        if !self.is_held() {
+            let held = status_writer::hold(&self.context.client, &self.agent, true).await;
+            if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
+                self.context.world.observe(&agent, true);
+                self.agent = agent;
+            }
+        }
+        self.learn(status, &Fact::Placed { blade }).await
+    }
+
+    async fn ensure(&mut self, status: &Status) -> Result<Next, ReconcileError> {
+        let context = self.context;
+        let (Some(blade), Some(identity)) = (status.node.clone(), self.identity(status)) else {
+            return Ok(Next::Rest(Action::requeue(RECHECK)));
+        };
+        let Some(channel) = context.world.channel(&blade) else {
+            return Ok(Next::Rest(Action::requeue(WAITING)));
+        };
+        let namespace = self.agent.namespace().unwrap_or_default();
+        let spec = match agent_spec::resolve(&context.client, &namespace, &self.agent).await {
+            Ok(spec) => spec,
+            Err(error @ SpecError::Missing { .. }) => {
+                let message = error.to_string();
+                let fact = Fact::Waiting {
+                    reason: "ReferenceMissing",
+                    message: &message,
+                };
+                self.learn(status, &fact).await?;
+                context
+                    .events
+                    .say(&self.agent, EventType::Warning, "ReferenceMissing", &message)
+                    .await;
+                return Ok(Next::Rest(Action::requeue(WAITING)));
+            }
+            Err(SpecError::Invalid(message)) => return self.learn(status, &Fact::Rejected { message: &message }).await,
+            Err(SpecError::Read { source, .. }) => return Err(self.api_error("reading the references", *source)),
+        };
+        match Blade::new(channel, context.epoch).ensure(identity, spec).await {
+            Ok(Some(report)) => {
+                context.world.told(&blade, &self.uid, report);
+                Ok(Next::Again)
+            }
+            Ok(None) => Ok(Next::Rest(Action::requeue(WAITING))),
+            Err(CallError::Refused(message)) => {
+                // The room is given back only after the refusal is written: until then the attempt is the blade's.
+                let message = format!("blade {blade} refused: {message}");
+                self.learn(status, &Fact::Refused { message: &message }).await?;
+                context.world.unplace(&self.uid, Some(&blade));
+                context
+                    .events
+                    .say(&self.agent, EventType::Warning, "Refused", &message)
+                    .await;
+                Ok(Next::Again)
+            }
+            Err(CallError::Rejected(message)) => {
+                let message = format!("blade {blade}: {message}");
+                self.learn(status, &Fact::Rejected { message: &message }).await
+            }
+            Err(source) => Err(self.blade_error("starting the attempt", &blade, source)),
+        }
+    }
+
+    async fn tell(&mut self, status: &Status, report: &Report) -> Result<Next, ReconcileError> {
+        let next = status.after(&Fact::Seen(report));
+        if next == *status {
+            return Ok(Next::Rest(Action::requeue(RECHECK)));
+        }
+        let since = self.context.world.since_written(&self.uid);
+        if let Some(left) = since
+            .and_then(|since| COALESCE.checked_sub(since))
+            .filter(|_| !next.is_final())
+        {
+            return Ok(Next::Rest(Action::requeue(left)));
+        }
+        self.learn(status, &Fact::Seen(report)).await
+    }
+
+    /// Writes what a fact changes, and says what people want to hear of it.
+    async fn learn(&mut self, status: &Status, fact: &Fact<'_>) -> Result<Next, ReconcileError> {
+        let next = status.after(fact);
+        if next == *status {
+            return Ok(Next::Rest(Action::requeue(RECHECK)));
+        }
+        let generation = self.agent.metadata.generation.unwrap_or(0);
+        let body = convert::status_to_api(&next, self.agent.status.as_ref(), generation, Timestamp::now());
+        let written = status_writer::write(&self.context.client, &self.agent, &body).await;
+        let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
+        self.context.world.observe(&agent, true);
+        self.agent = agent;
+        self.announce(status.phase(), &next).await;
+        Ok(Next::Again)
+    }
+
+    async fn announce(&self, before: Phase, next: &Status) {
+        let phase = next.phase();
+        if phase == before {
+            return;
+        }
+        let events = &self.context.events;
+        let why = format!(
+            "{}: {}",
+            next.reason.as_deref().unwrap_or_default(),
+            next.message.as_deref().unwrap_or_default()
+        );
+        match phase {
+            Phase::Running => {
+                events
+                    .say(&self.agent, EventType::Normal, "Started", "the program runs")
+                    .await
+            }
+            Phase::Completed => {
+                events
+                    .say(&self.agent, EventType::Normal, "Completed", "ended with exit code 0")
+                    .await
+            }
+            Phase::Failed => events.say(&self.agent, EventType::Warning, "Failed", &why).await,
+            Phase::Unknown => events.say(&self.agent, EventType::Warning, "NodeLost", &why).await,
+            Phase::Pending | Phase::Scheduled | Phase::Starting | Phase::Sleeping => {}
+        }
+        tracing::info!(
+            agent.namespace = self.agent.namespace(),
+            agent.name = self.agent.name_any(),
+            blade = next.node,
+            ?phase,
+            reason = next.reason,
+            "the agent moved on"
+        );
+    }
+
+    async fn stop(&mut self, status: &Status) -> Result<Next, ReconcileError> {
+        let (Some(blade), Some(identity)) = (status.node.clone(), self.identity(status)) else {
+            return Ok(Next::Rest(Action::requeue(RECHECK)));
+        };
+        let Some(channel) = self.context.world.channel(&blade) else {
+            return Ok(Next::Rest(Action::requeue(WAITING)));
+        };
+        let grace = self.agent.spec.termination_grace_period_seconds;
+        let stopped = Blade::new(channel, self.context.epoch)
+            .stop(identity, Some(grace))
+            .await;
+        match stopped.map_err(|source| self.blade_error("stopping the attempt", &blade, source))? {
+            Some(report) => self.context.world.told(&blade, &self.uid, report),
+            None => return Ok(Next::Rest(Action::requeue(WAITING))),
+        }
+        Ok(Next::Again)
+    }
+
+    async fn forget_and_release(&mut self, status: &Status) -> Result<Next, ReconcileError> {
+        let (Some(blade), Some(identity)) = (status.node.clone(), self.identity(status)) else {
+            return Ok(Next::Rest(Action::requeue(RECHECK)));
+        };
+        let Some(channel) = self.context.world.channel(&blade) else {
+            return Ok(Next::Rest(Action::requeue(WAITING)));
+        };
+        let forgotten = Blade::new(channel, self.context.epoch).forget(identity).await;
+        forgotten.map_err(|source| self.blade_error("forgetting the attempt", &blade, source))?;
+        self.release().await
+    }
+
+    async fn release(&mut self) -> Result<Next, ReconcileError> {
+        let released = status_writer::hold(&self.context.client, &self.agent, false).await;
+        released.map_err(|source| self.api_error("removing the finalizer", source))?;
+        Ok(Next::Rest(Action::await_change()))
+    }
+
+    fn identity(&self, status: &Status) -> Option<Identity> {
+        (status.attempt > 0).then(|| Identity {
+            uid: self.uid.clone(),
+            attempt: status.attempt,
+            namespace: self.agent.namespace().unwrap_or_default(),
+            name: self.agent.name_any(),
+        })
+    }
+
+    fn api_error(&self, operation: &'static str, source: kube::Error) -> ReconcileError {
+        ReconcileError::Api {
+            operation,
+            agent: self.name(),
+            source: Box::new(source),
+        }
+    }
+
+    fn blade_error(&self, operation: &'static str, blade: &str, source: CallError) -> ReconcileError {
+        if matches!(source, CallError::Deposed(_)) {
+            self.context.deposed.cancel();
+        }
+        ReconcileError::Blade {
+            operation,
+            agent: self.name(),
+            blade: blade.to_owned(),
+            source,
+        }
+    }
+}
+
+/// When to look again although nothing changed.
+fn rest(seen: &Seen<'_>) -> Action {
+    match seen.blade {
+        // Time alone turns these into something else.
+        BladeView::Unreachable | BladeView::Lost if !seen.status.is_final() || seen.deleting => {
+            Action::requeue(WAITING)
+        }
+        BladeView::Connected if seen.deleting => Action::requeue(WAITING),
+        BladeView::Connected | BladeView::Unreachable | BladeView::Lost | BladeView::Fenced => Action::await_change(),
+    }
+}

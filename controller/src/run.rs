@@ -1,0 +1,358 @@
+//! Puts the parts together: lead, list, serve, and end in order.
+
+use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use far_api::FarAgent;
+use far_proto::controller::blades_server::BladesServer;
+use futures::StreamExt;
+use kube::{
+    Api, Client, ResourceExt,
+    config::{KubeConfigOptions, Kubeconfig},
+    runtime::{
+        WatchStreamExt,
+        controller::{self, Controller},
+        reflector,
+        watcher::{self, Event},
+    },
+};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+
+use crate::{
+    Config,
+    blades::BladeApi,
+    ca::Ca,
+    events::Events,
+    files, install,
+    leader::{Elector, Holder, Lead},
+    links::{Credentials, Links},
+    nodes::Nodes,
+    reconcile::{self, Context},
+    registry::Registry,
+    tokens::{self, Revocations, Tokens},
+    world::World,
+};
+
+/// What still runs this long after the order to end is dropped.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// A controller that leads and serves.
+#[derive(Debug)]
+pub struct Running {
+    /// Where blades reach it.
+    pub address: SocketAddr,
+    /// Its leader epoch.
+    pub epoch: u64,
+    shutdown: CancellationToken,
+    lost: CancellationToken,
+    elector: tokio::task::JoinHandle<()>,
+    tasks: JoinSet<Result<()>>,
+    token: Option<Keeper>,
+    _holder: Holder,
+}
+
+#[derive(Debug)]
+struct Keeper {
+    tokens: Tokens,
+    current: Arc<std::sync::Mutex<String>>,
+}
+
+/// Connects, waits for the lead, and starts everything. `shutdown` ends the waiting and, later, the controller.
+///
+/// # Errors
+/// What cannot be read, written, reached or bound.
+pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running> {
+    let holder = Holder::claim(&config.state_dir)?;
+    let client = connect(&config).await?;
+    let ca = Arc::new(Ca::load_or_make(&config.state_dir.join("ca"))?);
+    install::namespaces(&client).await?;
+    if config.install_crds {
+        install::crds(&client).await?;
+    }
+    let elector = Elector::new(client.clone(), &holder.identity, config.lease_duration);
+    let lead = tokio::select! {
+        lead = elector.lead() => lead,
+        () = shutdown.cancelled() => bail!("told to end before this controller led"),
+    };
+    tracing::info!(epoch = lead.epoch, "this controller leads");
+    let elector = {
+        let (lead, shutdown) = (lead.clone(), shutdown.clone());
+        tokio::spawn(async move { elector.keep(&lead, shutdown).await })
+    };
+    // Ends the parts: told to end, or the lead is lost.
+    let stop = shutdown.child_token();
+    let mut tasks = JoinSet::new();
+    let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
+    let address = serve(&config, &ca, &registry, &lead, &stop, &mut tasks).await?;
+    work(&config, client, &ca, &registry, &lead, &stop, &mut tasks)?;
+    let token = match config.issue_join_token_file.clone() {
+        Some(path) => {
+            let keeper = Keeper {
+                tokens: Tokens::new(&config.state_dir),
+                current: Arc::default(),
+            };
+            issue(&keeper, &path)?;
+            let (again, stop) = (
+                Keeper {
+                    tokens: keeper.tokens.clone(),
+                    current: keeper.current.clone(),
+                },
+                stop.clone(),
+            );
+            tasks.spawn(async move { reissue(again, path, stop).await });
+            Some(keeper)
+        }
+        None => None,
+    };
+    if let Some(path) = &config.ca_out {
+        files::write_private(path, ca.certificate_pem().as_bytes())
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &config.ready_file {
+        files::write_private(path, format!("{address}\n").as_bytes())
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    tracing::info!(%address, "the blade API serves");
+    Ok(Running {
+        address,
+        epoch: lead.epoch,
+        shutdown: stop,
+        lost: lead.lost,
+        elector,
+        tasks,
+        token,
+        _holder: holder,
+    })
+}
+
+impl Running {
+    /// Waits until the controller ends: told to, or because its lead or a part was lost, which is an error.
+    ///
+    /// # Errors
+    /// The lead was lost, or a part failed: the caller starts anew.
+    pub async fn wait(mut self) -> Result<()> {
+        let outcome = tokio::select! {
+            () = self.shutdown.cancelled() => Ok(()),
+            () = self.lost.cancelled() => Err(anyhow::anyhow!("this controller leads no more")),
+            Some(ended) = self.tasks.join_next() => match ended {
+                Ok(Ok(())) if self.shutdown.is_cancelled() => Ok(()),
+                Ok(Ok(())) => Err(anyhow::anyhow!("a part of the controller ended by itself")),
+                Ok(Err(error)) => Err(error),
+                Err(error) => Err(error).context("a part of the controller failed"),
+            },
+        };
+        self.shutdown.cancel();
+        let drained = tokio::time::timeout(DRAIN, async { while self.tasks.join_next().await.is_some() {} }).await;
+        if drained.is_err() {
+            tracing::warn!("parts of the controller did not end in time");
+        }
+        if let Some(keeper) = &self.token {
+            keeper
+                .tokens
+                .withdraw(&keeper.current.lock().map(|token| token.clone()).unwrap_or_default());
+        }
+        if outcome.is_err() {
+            self.elector.abort();
+        }
+        // Given back only now: nothing of this controller acts any more. Aborted: it was lost or its end is an error.
+        let _ = tokio::time::timeout(DRAIN, self.elector).await;
+        outcome
+    }
+}
+
+async fn connect(config: &Config) -> Result<Client> {
+    let kube_config = match &config.kubeconfig {
+        Some(path) => {
+            let kubeconfig =
+                Kubeconfig::read_from(path).with_context(|| format!("reading --kubeconfig {}", path.display()))?;
+            kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+                .await
+                .context("reading the kubeconfig")?
+        }
+        None => kube::Config::infer()
+            .await
+            .context("no kubeconfig was given, and none was found")?,
+    };
+    Client::try_from(kube_config).context("preparing the Kubernetes client")
+}
+
+async fn serve(
+    config: &Config,
+    ca: &Arc<Ca>,
+    registry: &Arc<Registry>,
+    lead: &Lead,
+    stop: &CancellationToken,
+    tasks: &mut JoinSet<Result<()>>,
+) -> Result<SocketAddr> {
+    let own = ca.own_identity(&config.server_name)?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("binding --listen {}", config.listen))?;
+    let address = listener.local_addr().context("reading the bound address")?;
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(own.certificate_pem, own.key_pem))
+        .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
+        .client_auth_optional(true);
+    let api = BladeApi {
+        ca: ca.clone(),
+        tokens: Tokens::new(&config.state_dir),
+        revocations: Revocations::new(&config.state_dir),
+        registry: registry.clone(),
+        certificate_life: config.certificate_life,
+        heartbeat_ms: config.heartbeat_ms,
+        epoch: lead.epoch,
+    };
+    let mut server = Server::builder()
+        .tls_config(tls)
+        .context("preparing the blade API's TLS")?
+        .concurrency_limit_per_connection(16)
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .timeout(Duration::from_secs(30));
+    let router = server.add_service(BladesServer::new(api).max_decoding_message_size(1024 * 1024));
+    let stopped = stop.clone().cancelled_owned();
+    tasks.spawn(async move {
+        let incoming = TcpListenerStream::new(listener);
+        router
+            .serve_with_incoming_shutdown(incoming, stopped)
+            .await
+            .context("serving the blade API")
+    });
+    Ok(address)
+}
+
+fn work(
+    config: &Config,
+    client: Client,
+    ca: &Arc<Ca>,
+    registry: &Arc<Registry>,
+    lead: &Lead,
+    stop: &CancellationToken,
+    tasks: &mut JoinSet<Result<()>>,
+) -> Result<()> {
+    let world = Arc::new(World::new(config.seed.unwrap_or_else(rand::random), config.fence_after));
+    let (agents_known, nodes_known) = (CancellationToken::new(), CancellationToken::new());
+    let own = ca.own_identity(&[])?;
+    let credentials = Arc::new(Credentials {
+        ca_pem: ca.certificate_pem().to_owned(),
+        certificate_pem: own.certificate_pem,
+        key_pem: own.key_pem,
+    });
+    let links = Links {
+        world: world.clone(),
+        credentials,
+        epoch: lead.epoch,
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+    };
+    let nodes = Nodes {
+        client: client.clone(),
+        world: world.clone(),
+        registry: registry.clone(),
+        links,
+        known: nodes_known.clone(),
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        nodes.run(stopped).await;
+        Ok(())
+    });
+    let (watching, stopped) = (registry.clone(), stop.clone());
+    tasks.spawn(async move {
+        watching.watch_over(stopped).await;
+        Ok(())
+    });
+    let context = Arc::new(Context {
+        client: client.clone(),
+        world: world.clone(),
+        events: Events::new(client.clone()),
+        epoch: lead.epoch,
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+        nodes_known,
+    });
+    let (concurrency, stopped) = (config.concurrency, stop.clone());
+    tasks.spawn(async move {
+        agents(client, world, context, agents_known, concurrency, stopped).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+/// Watches agents into the index and reconciles them, until `stop`.
+async fn agents(
+    client: Client,
+    world: Arc<World>,
+    context: Arc<Context>,
+    known: CancellationToken,
+    concurrency: u16,
+    stop: CancellationToken,
+) {
+    let (reader, writer) = reflector::store();
+    let index = world.clone();
+    let mut listed = HashSet::new();
+    let watch = watcher::watcher(Api::<FarAgent>::all(client), watcher::Config::default())
+        .default_backoff()
+        .modify(|agent| {
+            // Neither is read here, and together they are most of an object's memory.
+            agent.metadata.managed_fields = None;
+            agent
+                .annotations_mut()
+                .remove("kubectl.kubernetes.io/last-applied-configuration");
+        })
+        .reflect(writer)
+        .inspect(move |event| match event {
+            Ok(Event::Init) => listed.clear(),
+            Ok(Event::InitApply(agent)) => {
+                listed.extend(agent.uid());
+                index.observe(agent, false);
+            }
+            Ok(Event::InitDone) => {
+                index.keep_only(&listed);
+                known.cancel();
+            }
+            Ok(Event::Apply(agent)) => index.observe(agent, false),
+            Ok(Event::Delete(agent)) => index.forget(&agent.uid().unwrap_or_default()),
+            Err(error) => tracing::warn!(%error, "watching agents failed: trying again"),
+        })
+        .applied_objects();
+    Controller::for_stream(watch, reader)
+        .reconcile_on(world.dirty.clone().stream())
+        .with_config(controller::Config::default().concurrency(concurrency))
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile::reconcile, reconcile::on_error, context)
+        .for_each(|_| async {})
+        .await;
+}
+
+fn issue(keeper: &Keeper, path: &std::path::Path) -> Result<()> {
+    let token = keeper
+        .tokens
+        .create(None, tokens::MAX_LIFE)
+        .context("making a join token")?;
+    files::write_private(path, token.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
+    let before = keeper
+        .current
+        .lock()
+        .map(|mut current| std::mem::replace(&mut *current, token))
+        .unwrap_or_default();
+    if !before.is_empty() {
+        keeper.tokens.withdraw(&before);
+    }
+    Ok(())
+}
+
+/// A token lives for an hour at most; a blade may need one at any time.
+async fn reissue(keeper: Keeper, path: std::path::PathBuf, stop: CancellationToken) -> Result<()> {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(tokens::MAX_LIFE / 2) => {}
+        }
+        if let Err(error) = issue(&keeper, &path) {
+            tracing::warn!(error = %format!("{error:#}"), "the join token was not made anew");
+        }
+    }
+}

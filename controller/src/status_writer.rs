@@ -1,0 +1,104 @@
+//! Writes of FarAgents: merge patches of exactly what changed, guarded by resourceVersion.
+
+use std::sync::Arc;
+
+use far_api::{FIELD_MANAGER, FINALIZER, FarAgent, FarAgentStatus};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{Patch, PatchParams},
+};
+use serde_json::{Map, Value, json};
+
+/// The agent's API in its own namespace.
+pub(crate) fn api(client: &Client, agent: &FarAgent) -> Api<FarAgent> {
+    Api::namespaced(client.clone(), &agent.namespace().unwrap_or_default())
+}
+
+/// Writes a status over the one `agent` has. 409: somebody wrote in between.
+pub(crate) async fn write(client: &Client, agent: &FarAgent, status: &FarAgentStatus) -> Result<FarAgent, kube::Error> {
+    let old = agent
+        .status
+        .as_ref()
+        .map_or(Ok(Value::Null), serde_json::to_value)
+        .map_err(kube::Error::SerdeError)?;
+    let new = serde_json::to_value(status).map_err(kube::Error::SerdeError)?;
+    let body = json!({
+        "metadata": { "resourceVersion": agent.metadata.resource_version, "uid": agent.metadata.uid },
+        "status": difference(&old, &new),
+    });
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    api(client, agent)
+        .patch_status(&agent.name_any(), &params, &Patch::Merge(body))
+        .await
+}
+
+/// Adds or removes our finalizer. Removing where the agent is gone is success.
+pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Result<Option<Arc<FarAgent>>, kube::Error> {
+    let mut finalizers: Vec<&str> = agent
+        .finalizers()
+        .iter()
+        .map(String::as_str)
+        .filter(|one| *one != FINALIZER)
+        .collect();
+    if held {
+        finalizers.push(FINALIZER);
+    }
+    let body = json!({ "metadata": {
+        "resourceVersion": agent.metadata.resource_version, "uid": agent.metadata.uid, "finalizers": finalizers,
+    }});
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    match api(client, agent)
+        .patch(&agent.name_any(), &params, &Patch::Merge(body))
+        .await
+    {
+        Ok(agent) => Ok(Some(Arc::new(agent))),
+        Err(kube::Error::Api(error)) if error.code == 404 && !held => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// RFC 7386 patch that turns `old` into `new`; lists are replaced as a whole.
+pub(crate) fn difference(old: &Value, new: &Value) -> Value {
+    let (Value::Object(old), Value::Object(new)) = (old, new) else {
+        return new.clone();
+    };
+    let mut patch = Map::new();
+    for (key, value) in new {
+        match old.get(key) {
+            Some(before) if before == value => {}
+            Some(before) => {
+                patch.insert(key.clone(), difference(before, value));
+            }
+            None => {
+                patch.insert(key.clone(), value.clone());
+            }
+        }
+    }
+    for key in old.keys().filter(|key| !new.contains_key(*key)) {
+        patch.insert(key.clone(), Value::Null);
+    }
+    Value::Object(patch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_holds_what_changed_and_nulls_what_went() {
+        let old = json!({"a": 1, "b": {"c": 1, "d": 2}, "gone": 1, "list": [1, 2]});
+        let new = json!({"a": 1, "b": {"c": 3, "d": 2}, "new": 5, "list": [2]});
+        assert_eq!(
+            difference(&old, &new),
+            json!({"b": {"c": 3}, "gone": null, "new": 5, "list": [2]})
+        );
+        assert_eq!(difference(&new, &new), json!({}));
+        assert_eq!(difference(&Value::Null, &new), new);
+    }
+}

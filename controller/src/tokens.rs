@@ -1,0 +1,286 @@
+//! Join tokens and revocations, as small files in the state folder: any process with that folder may make a token, and
+//! each token works once, also across restarts.
+//!
+//! A token's file is named by the token's SHA-256, so that neither the folder nor the time of a comparison tells one.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::files;
+
+/// Longest life of a token.
+pub const MAX_LIFE: Duration = Duration::from_secs(3600);
+/// Most tokens that are open at a time; older ones that expired are removed first.
+const MAX_OPEN: usize = 1024;
+const PREFIX: &str = "far-join-";
+
+/// Why a token was not made or not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The folder.
+    #[error("{operation} {path}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Unknown, used or expired: the caller is not told which.
+    #[error("the join token is unknown, used or expired: make a new one with `far-controller token create`")]
+    Refused,
+    /// For another blade.
+    #[error("the join token is for another blade")]
+    OtherBlade,
+    /// Too many are open.
+    #[error("{MAX_OPEN} join tokens are open: wait until they expire")]
+    TooMany,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    /// Seconds since the Unix epoch.
+    expires: u64,
+    blade: Option<String>,
+}
+
+/// The folder of tokens.
+#[derive(Debug, Clone)]
+pub struct Tokens {
+    folder: PathBuf,
+}
+
+impl Tokens {
+    /// Tokens of the controller with this state folder.
+    #[must_use]
+    pub fn new(state_dir: &Path) -> Self {
+        Self {
+            folder: state_dir.join("tokens"),
+        }
+    }
+
+    fn error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TokenError {
+        let path = path.to_owned();
+        move |source| TokenError::File {
+            operation,
+            path,
+            source,
+        }
+    }
+
+    /// Makes a token that works once, for `blade` only where one is given.
+    ///
+    /// # Errors
+    /// When the folder cannot be written, or too many are open.
+    pub fn create(&self, blade: Option<&str>, life: Duration) -> Result<String, TokenError> {
+        files::private_folder(&self.folder).map_err(Self::error("making the folder", &self.folder))?;
+        if self.sweep()? >= MAX_OPEN {
+            return Err(TokenError::TooMany);
+        }
+        let secret: [u8; 32] = rand::random();
+        let token = format!("{PREFIX}{}", hex::encode(secret));
+        let kept = Kept {
+            expires: now() + life.min(MAX_LIFE).as_secs().max(1),
+            blade: blade.map(str::to_owned),
+        };
+        let path = self.path(&token);
+        let text = serde_json::to_vec(&kept).expect("a token is plain data");
+        files::write_private(&path, &text).map_err(Self::error("writing", &path))?;
+        Ok(token)
+    }
+
+    /// Uses a token up for `blade`. Removing its file is what makes it used: of two callers one wins.
+    ///
+    /// # Errors
+    /// When it is not one for this blade, or was used, or expired.
+    pub fn take(&self, token: &str, blade: &str) -> Result<(), TokenError> {
+        if !token.starts_with(PREFIX) || token.len() != PREFIX.len() + 64 {
+            return Err(TokenError::Refused);
+        }
+        let path = self.path(token);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(TokenError::Refused),
+            Err(error) => return Err(Self::error("reading", &path)(error)),
+        };
+        let kept: Kept = serde_json::from_slice(&text).map_err(|_| TokenError::Refused)?;
+        if kept.blade.is_some_and(|bound| bound != blade) {
+            return Err(TokenError::OtherBlade);
+        }
+        match fs::remove_file(&path) {
+            Ok(()) if kept.expires > now() => Ok(()),
+            Ok(()) => Err(TokenError::Refused),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(TokenError::Refused),
+            Err(error) => Err(Self::error("removing", &path)(error)),
+        }
+    }
+
+    /// Withdraws a token that was not used.
+    pub(crate) fn withdraw(&self, token: &str) {
+        // Already used or swept: then it is gone, which is what was wanted.
+        let _ = fs::remove_file(self.path(token));
+    }
+
+    /// Removes what expired; answers how many are open.
+    fn sweep(&self) -> Result<usize, TokenError> {
+        let mut open = 0;
+        for entry in fs::read_dir(&self.folder).map_err(Self::error("reading", &self.folder))? {
+            let path = entry.map_err(Self::error("reading", &self.folder))?.path();
+            let kept = fs::read(&path)
+                .ok()
+                .and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
+            if kept.is_some_and(|kept| kept.expires > now()) {
+                open += 1;
+            } else {
+                let _ = fs::remove_file(&path);
+            }
+        }
+        Ok(open)
+    }
+
+    fn path(&self, token: &str) -> PathBuf {
+        self.folder.join(hex::encode(Sha256::digest(token.as_bytes())))
+    }
+}
+
+/// Serial numbers of certificates that must not be accepted any more.
+#[derive(Debug, Clone)]
+pub struct Revocations {
+    folder: PathBuf,
+}
+
+impl Revocations {
+    /// Revocations of the controller with this state folder.
+    #[must_use]
+    pub fn new(state_dir: &Path) -> Self {
+        Self {
+            folder: state_dir.join("certificates"),
+        }
+    }
+
+    /// Notes the newest serial of a blade; the one before it stays valid until it ends.
+    pub(crate) fn note(&self, blade: &str, serial: &str) -> io::Result<()> {
+        files::private_folder(&self.folder)?;
+        let path = self.folder.join(format!("{blade}.serials"));
+        let mut serials: Vec<String> = fs::read_to_string(&path)
+            .unwrap_or_default()
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        serials.push(serial.to_owned());
+        // Certificates live for a day and are renewed at half of it: sixteen are more than can be valid at once.
+        let from = serials.len().saturating_sub(16);
+        files::write_private(&path, (serials[from..].join("\n") + "\n").as_bytes())
+    }
+
+    /// Refuses every certificate that `blade` has from now on; answers how many those are.
+    ///
+    /// # Errors
+    /// When the folder cannot be read or written.
+    pub fn revoke(&self, blade: &str) -> io::Result<usize> {
+        let serials = match fs::read_to_string(self.folder.join(format!("{blade}.serials"))) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(error),
+        };
+        let mut count = 0;
+        for serial in serials.lines() {
+            files::write_private(&self.folder.join(format!("{serial}.revoked")), b"")?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Whether a certificate was revoked.
+    pub(crate) fn is_revoked(&self, serial: &str) -> bool {
+        self.folder.join(format!("{serial}.revoked")).exists()
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_works_once_and_only_for_its_blade() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = Tokens::new(folder.path());
+        let token = tokens.create(Some("b1"), MAX_LIFE).unwrap();
+        assert!(matches!(tokens.take(&token, "b2"), Err(TokenError::OtherBlade)));
+        tokens.take(&token, "b1").unwrap();
+        assert!(matches!(tokens.take(&token, "b1"), Err(TokenError::Refused)));
+        let open = tokens.create(None, MAX_LIFE).unwrap();
+        tokens.take(&open, "any").unwrap();
+    }
+
+    #[test]
+    fn unknown_and_expired_tokens_are_refused_alike() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = Tokens::new(folder.path());
+        let token = tokens.create(None, MAX_LIFE).unwrap();
+        let path = tokens.path(&token);
+        fs::write(
+            &path,
+            serde_json::to_vec(&Kept {
+                expires: now() - 1,
+                blade: None,
+            })
+            .unwrap(),
+        )
+        .unwrap();
+        for bad in [
+            token.as_str(),
+            "",
+            "far-join-",
+            "../../x",
+            &format!("{PREFIX}{}", "0".repeat(64)),
+        ] {
+            assert!(matches!(tokens.take(bad, "b"), Err(TokenError::Refused)), "{bad}");
+        }
+        assert!(!path.exists(), "an expired token is removed when it is shown");
+    }
+
+    #[test]
+    fn a_life_is_an_hour_at_most_and_what_expired_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = Tokens::new(folder.path());
+        let token = tokens.create(None, Duration::from_secs(1_000_000)).unwrap();
+        let kept: Kept = serde_json::from_slice(&fs::read(tokens.path(&token)).unwrap()).unwrap();
+        assert!(kept.expires <= now() + MAX_LIFE.as_secs());
+        fs::write(
+            tokens.path("old"),
+            serde_json::to_vec(&Kept {
+                expires: 1,
+                blade: None,
+            })
+            .unwrap(),
+        )
+        .unwrap();
+        assert_eq!(tokens.sweep().unwrap(), 1);
+    }
+
+    #[test]
+    fn revoking_refuses_the_certificates_a_blade_has_and_not_later_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let revocations = Revocations::new(folder.path());
+        revocations.note("b", "01").unwrap();
+        revocations.note("b", "02").unwrap();
+        assert_eq!(revocations.revoke("b").unwrap(), 2);
+        revocations.note("b", "03").unwrap();
+        assert!(revocations.is_revoked("01") && revocations.is_revoked("02") && !revocations.is_revoked("03"));
+        assert_eq!(revocations.revoke("nobody").unwrap(), 0);
+    }
+}

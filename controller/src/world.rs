@@ -1,0 +1,386 @@
+//! What the controller knows at this moment: agents, blades, reservations, and what blades say. One lock, held only for
+//! plain computation, never over an await.
+//!
+//! All of it is derived: from the watches, from the blades' event streams, and from the answers to our own writes.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use far_api::{FarAgent, FarNode};
+use far_core::{
+    lifecycle::BladeView,
+    placement::{Placer, Request, Unschedulable},
+    status::{Report, Status},
+};
+use kube::{ResourceExt, runtime::reflector::ObjectRef};
+use tonic::transport::Channel;
+
+use crate::{convert, dirty::Dirty};
+
+/// A blade that refused an agent is not asked again for this long.
+const REFUSAL: Duration = Duration::from_secs(10);
+/// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
+const MAX_REPORTS: usize = 65_536;
+
+/// An agent as the index keeps it.
+#[derive(Debug)]
+struct Agent {
+    reference: ObjectRef<FarAgent>,
+    node: Option<String>,
+    /// The newest object our own writes returned; the watch may lag behind it.
+    written: Option<Arc<FarAgent>>,
+    /// When the status was last written.
+    wrote_at: Option<Instant>,
+    /// Blades that refused it.
+    refused: HashMap<String, Instant>,
+}
+
+/// A blade as the index keeps it.
+#[derive(Debug)]
+struct Node {
+    channel: Option<Channel>,
+    /// Every state of the blade's agents is known, and changes come in.
+    synced: bool,
+    ready: bool,
+    /// Since when it is not ready.
+    lost_since: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    placer: Placer,
+    agents: HashMap<String, Agent>,
+    on_blade: HashMap<String, HashSet<String>>,
+    pending: HashSet<String>,
+    nodes: HashMap<String, Node>,
+    /// Blades that are named but not there, since when.
+    missing: HashMap<String, Instant>,
+    /// (blade, uid): the newest attempt the blade speaks of.
+    reports: HashMap<String, HashMap<String, Report>>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct World {
+    inner: Mutex<Inner>,
+    pub(crate) dirty: Arc<Dirty>,
+    fence_after: Duration,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, fence_after: Duration) -> Self {
+        let inner = Inner {
+            placer: Placer::new(seed),
+            agents: HashMap::new(),
+            on_blade: HashMap::new(),
+            pending: HashSet::new(),
+            nodes: HashMap::new(),
+            missing: HashMap::new(),
+            reports: HashMap::new(),
+        };
+        Self {
+            inner: Mutex::new(inner),
+            dirty: Arc::default(),
+            fence_after,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in here panics half-way through a change that others rely on.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // Agents, as the API tells of them.
+
+    /// The watch, or an answer to our own write, tells of an agent.
+    pub(crate) fn observe(&self, agent: &FarAgent, ours: bool) {
+        let Some(uid) = agent.uid() else { return };
+        let status = convert::status_from_api(agent.status.as_ref());
+        let mut inner = self.lock();
+        let entry = inner.agents.entry(uid.clone()).or_insert_with(|| Agent {
+            reference: ObjectRef::from_obj(agent),
+            node: None,
+            written: None,
+            wrote_at: None,
+            refused: HashMap::new(),
+        });
+        if ours {
+            entry.written = Some(Arc::new(agent.clone()));
+            entry.wrote_at = Some(Instant::now());
+        } else if entry
+            .written
+            .as_ref()
+            .is_some_and(|written| version(written) > version(agent))
+        {
+            // The watch is behind our own write: nothing new.
+            return;
+        } else {
+            entry.written = None;
+        }
+        let before = std::mem::replace(&mut entry.node, status.node.clone());
+        if before != status.node {
+            inner.leave(before.as_deref(), &uid);
+        }
+        let Some(node) = &status.node else { return };
+        inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
+        inner.pending.remove(&uid);
+        if status.is_final() {
+            self.release_locked(&mut inner, &uid);
+        } else if let Ok(request) = convert::request(agent) {
+            inner.placer.reserve(&uid, node, &request);
+        }
+    }
+
+    /// The agent is gone from the API.
+    pub(crate) fn forget(&self, uid: &str) {
+        let mut inner = self.lock();
+        if let Some(agent) = inner.agents.remove(uid) {
+            inner.leave(agent.node.as_deref(), uid);
+            if let Some(reports) = agent.node.and_then(|node| inner.reports.get_mut(&node)) {
+                reports.remove(uid);
+            }
+        }
+        inner.pending.remove(uid);
+        self.release_locked(&mut inner, uid);
+    }
+
+    /// After a complete list: whatever is not in it is gone.
+    pub(crate) fn keep_only(&self, uids: &HashSet<String>) {
+        let gone: Vec<String> = self
+            .lock()
+            .agents
+            .keys()
+            .filter(|uid| !uids.contains(*uid))
+            .cloned()
+            .collect();
+        gone.iter().for_each(|uid| self.forget(uid));
+    }
+
+    /// The newest known object of an agent: what the watch says, or what our last write returned.
+    pub(crate) fn newest(&self, seen: Arc<FarAgent>) -> Arc<FarAgent> {
+        let written = seen.uid().and_then(|uid| self.lock().agents.get(&uid)?.written.clone());
+        written
+            .filter(|written| version(written) > version(&seen))
+            .unwrap_or(seen)
+    }
+
+    /// How long ago the agent's status was written.
+    pub(crate) fn since_written(&self, uid: &str) -> Option<Duration> {
+        self.lock().agents.get(uid)?.wrote_at.map(|at| at.elapsed())
+    }
+
+    // Placement.
+
+    /// Chooses a blade and holds its room until the choice is written or given back.
+    pub(crate) fn place(&self, uid: &str, mut request: Request) -> Result<String, Unschedulable> {
+        let mut inner = self.lock();
+        if let Some(agent) = inner.agents.get_mut(uid) {
+            agent.refused.retain(|_, at| at.elapsed() < REFUSAL);
+            request.avoid = agent.refused.keys().cloned().collect::<BTreeSet<_>>();
+        }
+        let placed = inner.placer.place(uid, &request);
+        if placed.is_err() {
+            inner.pending.insert(uid.to_owned());
+        }
+        placed
+    }
+
+    /// Gives the room back: the choice was not written, or the blade refused.
+    pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
+        let mut inner = self.lock();
+        if let (Some(blade), Some(agent)) = (refused_by, inner.agents.get_mut(uid)) {
+            agent.refused.insert(blade.to_owned(), Instant::now());
+        }
+        self.release_locked(&mut inner, uid);
+    }
+
+    fn release_locked(&self, inner: &mut Inner, uid: &str) {
+        if inner.placer.release(uid) {
+            self.wake_pending(inner);
+        }
+    }
+
+    fn wake_pending(&self, inner: &Inner) {
+        for uid in &inner.pending {
+            if let Some(agent) = inner.agents.get(uid) {
+                self.dirty.mark(agent.reference.clone());
+            }
+        }
+    }
+
+    // Blades, as the API tells of them.
+
+    /// The watch tells of a blade.
+    pub(crate) fn observe_node(&self, node: &FarNode) {
+        let name = node.name_any();
+        let mut inner = self.lock();
+        inner.missing.remove(&name);
+        let ready = convert::is_ready(node);
+        let entry = inner.nodes.entry(name.clone()).or_insert(Node {
+            channel: None,
+            synced: false,
+            ready,
+            lost_since: None,
+        });
+        let turned = entry.ready != ready;
+        entry.ready = ready;
+        entry.lost_since = if ready {
+            None
+        } else {
+            entry.lost_since.or_else(|| Some(Instant::now()))
+        };
+        if inner.placer.upsert_blade(&name, convert::blade(node)) {
+            self.wake_pending(&inner);
+        }
+        if turned {
+            self.wake_blade(&inner, &name);
+        }
+    }
+
+    /// The blade is gone from the API.
+    pub(crate) fn forget_node(&self, name: &str) {
+        let mut inner = self.lock();
+        inner.nodes.remove(name);
+        inner.reports.remove(name);
+        inner.placer.remove_blade(name);
+        inner.missing.insert(name.to_owned(), Instant::now());
+        self.wake_blade(&inner, name);
+        self.wake_pending(&inner);
+    }
+
+    fn wake_blade(&self, inner: &Inner, name: &str) {
+        for uid in inner.on_blade.get(name).into_iter().flatten() {
+            if let Some(agent) = inner.agents.get(uid) {
+                self.dirty.mark(agent.reference.clone());
+            }
+        }
+    }
+
+    /// What is known of a blade, and what it says of an agent.
+    pub(crate) fn view(&self, uid: &str, status: &Status) -> (BladeView, Option<Report>) {
+        let Some(name) = &status.node else {
+            return (BladeView::Unreachable, None);
+        };
+        let mut inner = self.lock();
+        let report = inner.reports.get(name).and_then(|reports| reports.get(uid)).cloned();
+        let lost = |since: Instant| {
+            if since.elapsed() >= self.fence_after {
+                BladeView::Fenced
+            } else {
+                BladeView::Lost
+            }
+        };
+        let view = match inner.nodes.get(name) {
+            Some(node) if node.synced => BladeView::Connected,
+            Some(Node {
+                ready: false,
+                lost_since: Some(since),
+                ..
+            }) => lost(*since),
+            Some(_) => BladeView::Unreachable,
+            None => lost(*inner.missing.entry(name.clone()).or_insert_with(Instant::now)),
+        };
+        (view, report)
+    }
+
+    // Blades, as they tell of themselves.
+
+    /// How calls reach a blade.
+    pub(crate) fn channel(&self, blade: &str) -> Option<Channel> {
+        self.lock().nodes.get(blade)?.channel.clone()
+    }
+
+    pub(crate) fn set_channel(&self, blade: &str, channel: Channel) {
+        if let Some(node) = self.lock().nodes.get_mut(blade) {
+            node.channel = Some(channel);
+            node.synced = false;
+        }
+    }
+
+    /// The blade told everything it knows; `told` are the uids of it. What it no longer speaks of is forgotten.
+    pub(crate) fn synced(&self, blade: &str, told: &HashSet<String>) {
+        let mut inner = self.lock();
+        if let Some(reports) = inner.reports.get_mut(blade) {
+            reports.retain(|uid, _| told.contains(uid));
+        }
+        if let Some(node) = inner.nodes.get_mut(blade) {
+            node.synced = true;
+        }
+        self.wake_blade(&inner, blade);
+    }
+
+    pub(crate) fn unsynced(&self, blade: &str) {
+        if let Some(node) = self.lock().nodes.get_mut(blade) {
+            node.synced = false;
+        }
+    }
+
+    /// A blade speaks of an attempt. An older attempt than the newest known says nothing.
+    pub(crate) fn told(&self, blade: &str, uid: &str, report: Report) {
+        let mut inner = self.lock();
+        let Some(reference) = inner
+            .agents
+            .get(uid)
+            .filter(|agent| agent.node.as_deref().is_none_or(|node| node == blade))
+            .map(|agent| agent.reference.clone())
+        else {
+            // Not (yet) known to the watch, or another blade's: kept, so that it is there when the watch catches up.
+            inner.keep_report(blade, uid, report);
+            return;
+        };
+        inner.keep_report(blade, uid, report);
+        drop(inner);
+        self.dirty.mark(reference);
+    }
+
+    /// The blade forgot the attempt because we told it to.
+    pub(crate) fn untold(&self, blade: &str, uid: &str) {
+        if let Some(reports) = self.lock().reports.get_mut(blade) {
+            reports.remove(uid);
+        }
+    }
+
+    /// Attempts on a blade whose agents the API does not have.
+    pub(crate) fn orphans(&self, blade: &str) -> Vec<(String, Report)> {
+        let inner = self.lock();
+        let reports = inner.reports.get(blade).into_iter().flatten();
+        reports
+            .filter(|(uid, _)| !inner.agents.contains_key(*uid))
+            .map(|(uid, report)| (uid.clone(), report.clone()))
+            .collect()
+    }
+}
+
+impl Inner {
+    fn leave(&mut self, blade: Option<&str>, uid: &str) {
+        let Some(blade) = blade else { return };
+        if let Some(uids) = self.on_blade.get_mut(blade) {
+            uids.remove(uid);
+            if uids.is_empty() {
+                self.on_blade.remove(blade);
+            }
+        }
+    }
+
+    fn keep_report(&mut self, blade: &str, uid: &str, report: Report) {
+        let reports = self.reports.entry(blade.to_owned()).or_default();
+        let is_old = match reports.get(uid) {
+            Some(known) => (known.attempt, known.stage) > (report.attempt, report.stage),
+            None => reports.len() >= MAX_REPORTS,
+        };
+        if !is_old {
+            reports.insert(uid.to_owned(), report);
+        }
+    }
+}
+
+/// resourceVersion as the number it is in every API server; 0 where it is none.
+fn version(agent: &FarAgent) -> u64 {
+    agent
+        .resource_version()
+        .and_then(|version| version.parse().ok())
+        .unwrap_or(0)
+}
