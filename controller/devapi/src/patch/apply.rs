@@ -257,4 +257,97 @@ mod tests {
             first
         );
     }
+
+    mod any_sequence {
+        use super::*;
+        use crate::patch::fieldset::FieldSet;
+        use proptest::prelude::*;
+
+        fn schema() -> Value {
+            json!({"properties": {"metadata": crate::api::meta_schema::OBJECT_META.clone(), "spec": {"properties": {
+                "image": {}, "args": {"items": {}}, "tags": {"items": {}, "x-kubernetes-list-type": "set"},
+                "nested": {"properties": {"x": {}, "y": {}}}, "labels": {"additionalProperties": {}},
+                "env": {"items": {"properties": {"name": {}, "value": {}}}, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}}}}})
+        }
+
+        /// A spec in which every part may be missing.
+        fn spec() -> impl Strategy<Value = Value> {
+            let part = || prop::option::of(0..3_u8);
+            let subset = || prop::collection::btree_map(prop::sample::select(vec!["a", "b", "c"]), 0..3_u8, 1..3);
+            (
+                part(),
+                part(),
+                part(),
+                part(),
+                prop::option::of(subset()),
+                prop::option::of(subset()),
+                prop::option::of(subset()),
+            )
+                .prop_map(|(image, args, x, y, labels, env, tags)| {
+                    let mut spec = json!({});
+                    if let Some(image) = image {
+                        spec["image"] = json!(image);
+                    }
+                    if let Some(args) = args {
+                        spec["args"] = json!([args]);
+                    }
+                    for (name, value) in [("x", x), ("y", y)] {
+                        if let Some(value) = value {
+                            spec["nested"][name] = json!(value);
+                        }
+                    }
+                    if let Some(labels) = labels {
+                        spec["labels"] = json!(labels);
+                    }
+                    if let Some(env) = env {
+                        spec["env"] = env
+                            .iter()
+                            .map(|(name, value)| json!({"name": name, "value": value}))
+                            .collect();
+                    }
+                    if let Some(tags) = tags {
+                        spec["tags"] = tags.keys().map(|tag| json!(tag)).collect();
+                    }
+                    spec
+                })
+        }
+
+        fn leaves(set: &FieldSet) -> FieldSet {
+            let children = set
+                .children
+                .iter()
+                .map(|(name, child)| (name.clone(), leaves(child)))
+                .collect();
+            FieldSet {
+                member: set.member && set.children.is_empty(),
+                children,
+            }
+        }
+
+        proptest! {
+            /// Whatever three managers apply in turn: the last config is in the object, every field has an owner,
+            /// nobody owns what is not there, and the same again changes nothing.
+            #[test]
+            fn of_forced_applies_leaves_owned_and_present_fields(steps in prop::collection::vec((0..3_usize, spec()), 1..8)) {
+                let schema = schema();
+                let mut live: Option<Value> = None;
+                for (manager, spec) in steps {
+                    let writer = by(["one", "two", "three"][manager], "");
+                    let config = json!({"metadata": {"name": "a"}, "spec": spec});
+                    let applied = apply(&schema, false, live.as_ref(), &config, &writer, true).unwrap();
+                    let wanted = leaves(&walk::fields(Some(&schema), &config));
+                    let present = leaves(&walk::fields(Some(&schema), &applied));
+                    prop_assert!(wanted.difference(&present).is_empty() || spec == json!({}), "{applied} lacks parts of {config}");
+                    let mut owned = FieldSet::default();
+                    managed::read(&applied).iter().for_each(|entry| owned.union(&leaves(&entry.fields)));
+                    let mut unowned = present.difference(&owned);
+                    managed::strip_unmanaged(&mut unowned);
+                    prop_assert!(unowned.is_empty(), "nobody owns {:?} of {applied}", unowned.paths());
+                    let again = apply(&schema, false, Some(&applied), &config, &writer, false).unwrap();
+                    prop_assert_eq!(&again, &applied);
+                    live = Some(applied);
+                }
+            }
+        }
+    }
 }

@@ -10,6 +10,7 @@ mod history;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde_json::Value;
@@ -24,6 +25,8 @@ pub(crate) use history::{Event, EventKind};
 const MAX_PENDING: usize = 4096;
 /// Paged lists whose rest is remembered; an older page's token then answers 410.
 const MAX_SNAPSHOTS: usize = 64;
+/// As long as a real server keeps old versions.
+const SNAPSHOT_LIFETIME: Duration = Duration::from_secs(300);
 
 /// Where an object lives. `resource` is the storage name, for example `tiffany.dev/faragents`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +90,13 @@ struct Collection {
     history: History,
 }
 
+/// The rest of a paged list.
+struct Snapshot {
+    id: u64,
+    made: Instant,
+    rest: Arc<Vec<Arc<Object>>>,
+}
+
 /// Comes when the write is on disk.
 type Acknowledgement = oneshot::Receiver<Result<(), WriteError>>;
 
@@ -106,7 +116,7 @@ struct State {
     overlay: HashMap<Key, (u64, Option<Arc<Object>>)>,
     queue: VecDeque<Pending>,
     collections: HashMap<String, Collection>,
-    snapshots: VecDeque<(u64, Arc<Vec<Arc<Object>>>)>,
+    snapshots: VecDeque<Snapshot>,
     next_snapshot: u64,
     failed: Option<String>,
     closing: bool,
@@ -314,20 +324,26 @@ impl Store {
         let mut state = self.shared.lock();
         let id = state.next_snapshot;
         state.next_snapshot += 1;
+        state
+            .snapshots
+            .retain(|snapshot| snapshot.made.elapsed() < SNAPSHOT_LIFETIME);
         if state.snapshots.len() >= MAX_SNAPSHOTS {
             state.snapshots.pop_front();
         }
-        state.snapshots.push_back((id, rest));
+        state.snapshots.push_back(Snapshot {
+            id,
+            made: Instant::now(),
+            rest,
+        });
         id
     }
 
     pub(crate) fn snapshot(&self, id: u64) -> Option<Arc<Vec<Arc<Object>>>> {
-        self.shared
-            .lock()
-            .snapshots
-            .iter()
-            .find(|(have, _)| *have == id)
-            .map(|(_, rest)| rest.clone())
+        let state = self.shared.lock();
+        let found = state.snapshots.iter().find(|snapshot| snapshot.id == id);
+        found
+            .filter(|snapshot| snapshot.made.elapsed() < SNAPSHOT_LIFETIME)
+            .map(|snapshot| snapshot.rest.clone())
     }
 
     pub(crate) fn forget_snapshots(&self) {
