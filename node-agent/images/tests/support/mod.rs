@@ -221,3 +221,25 @@ pub(crate) fn listed(test: &str, image: &Image) -> Option<Vec<String>> {
             .collect(),
     )
 }
+
+/// Paths of an image without the guest's own mount points, sorted; folders end with `/`.
+pub(crate) fn listed_paths(image: &Image) -> Vec<String> {
+    const MOUNT_POINTS: [&str; 6] = ["/", "/dev", "/proc", "/run", "/sys", "/tmp"];
+    let file = std::io::BufReader::new(std::fs::File::open(&image.rootfs).unwrap());
+    let squash = backhand::FilesystemReader::from_reader(file).unwrap();
+    let mut paths: Vec<(String, bool)> = squash
+        .files()
+        .map(|node| {
+            (
+                node.fullpath.display().to_string(),
+                matches!(node.inner, backhand::InnerNode::Dir(_)),
+            )
+        })
+        .filter(|(path, _)| !MOUNT_POINTS.contains(&path.as_str()))
+        .collect();
+    paths.sort();
+    paths
+        .into_iter()
+        .map(|(path, is_folder)| if is_folder { format!("{path}/") } else { path })
+        .collect()
+}
