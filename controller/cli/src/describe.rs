@@ -14,6 +14,8 @@ use crate::{
 
 /// Events shown at most; the newest.
 const MAX_EVENTS: usize = 50;
+/// Longest line of a text that has several, in characters.
+const MAX_LINE: usize = 160;
 
 pub(crate) async fn describe(cluster: &Cluster, args: &DescribeArgs) -> anyhow::Result<Outcome> {
     // A lone name is a FarAgent, which is what most people look at.
@@ -154,10 +156,18 @@ fn tree(naming: fn(&str) -> String, key: &str, value: &Value, depth: usize, line
         Value::String(long) if long.trim_end().contains('\n') => {
             lines.push(format!("{indent}{title}:"));
             for line in long.lines() {
-                lines.push(format!("{indent}  {}", printable(line)));
+                lines.push(format!("{indent}  {}", cut(&printable(line))));
             }
         }
         other => lines.push(format!("{indent}{title}:  {}", text(other))),
+    }
+}
+
+/// A line of an agent's output, at most as long as a wide terminal: `far logs` has it whole.
+fn cut(line: &str) -> String {
+    match line.char_indices().nth(MAX_LINE) {
+        Some((end, _)) => format!("{} …", &line[..end]),
+        None => line.to_owned(),
     }
 }
 
@@ -179,7 +189,8 @@ fn title(key: &str) -> String {
         }
         before = c;
     }
-    title
+    // A unit, not two words.
+    title.replace("Mi B", "MiB")
 }
 
 fn text(value: &Value) -> String {
@@ -269,7 +280,7 @@ mod tests {
             "apiVersion": "tiffany.dev/v1", "kind": "FarAgent",
             "metadata": {"name": "a", "namespace": "n", "labels": {"x.io/y": "z"}, "uid": "u"},
             "spec": {"args": ["--task", "embedder"], "files": [{"path": "/a"}, {"path": "/b"}], "env": []},
-            "status": {"exitCode": 3, "tail": "one\ntwo\n", "imageDigest": "sha256:0"}
+            "status": {"exitCode": 3, "memoryMiB": 8, "tail": format!("one\n{}\n", "x".repeat(300)), "imageDigest": "sha256:0"}
         });
         let text = lines(&object).join("\n");
         for expected in [
@@ -277,10 +288,14 @@ mod tests {
             "Spec:\n  Args:\n    --task\n    embedder",
             "  Env:  <none>",
             "  Files:\n    Path:  /a\n    --\n    Path:  /b",
-            "Status:\n  Exit Code:  3\n  Image Digest:  sha256:0\n  Tail:\n    one\n    two",
+            "Status:\n  Exit Code:  3\n  Image Digest:  sha256:0\n  Memory MiB:  8\n  Tail:\n    one\n    xxx",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in\n{text}");
         }
+        assert!(
+            text.lines().all(|line| line.chars().count() < 170),
+            "long lines of output are cut"
+        );
     }
 
     #[test]

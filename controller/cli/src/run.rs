@@ -90,7 +90,8 @@ async fn follow(api: &Api, folders: &Folders, name: &str) -> anyhow::Result<Outc
                 return Some((Step::Gone, Value::Null));
             };
             let now = wait::summary(agent);
-            if now != last && !FINAL_PHASES.contains(&wait::phase(agent)) {
+            // Progress until there is output; from then on the output is the progress.
+            if printed == 0 && now != last && !FINAL_PHASES.contains(&wait::phase(agent)) {
                 output::note(&format!("{name}: {now}"));
                 last = now;
             }
