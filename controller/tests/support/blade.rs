@@ -1,0 +1,360 @@
+//! A blade without microVMs: joins, heartbeats, keeps a ledger, and does with attempts what the test says.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use far_proto::{
+    controller::{HeartbeatRequest, JoinRequest, JoinResponse, RenewRequest, blades_client::BladesClient},
+    node::{
+        node_server::{Node, NodeServer},
+        *,
+    },
+};
+use futures::Stream;
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
+use tokio::{net::TcpListener, sync::broadcast, task::JoinSet};
+use tokio_stream::{StreamExt, wrappers::{BroadcastStream, TcpListenerStream}};
+use tonic::{
+    Request, Response, Status, Streaming, async_trait,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity as TlsIdentity, Server, ServerTlsConfig},
+};
+
+use super::Cluster;
+
+/// A key and a request for a name.
+pub fn csr(name: &str) -> (KeyPair, String) {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+    let mut params = CertificateParams::new(vec![format!("{name}.blade.far.internal")]).unwrap();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    let pem = params.serialize_request(&key).unwrap().pem().unwrap();
+    (key, pem)
+}
+
+/// What a joined blade holds.
+#[derive(Clone)]
+pub struct Credentials {
+    pub certificate_pem: String,
+    pub key_pem: String,
+    pub ca_pem: String,
+}
+
+pub async fn client(cluster: &Cluster, credentials: Option<&Credentials>) -> BladesClient<Channel> {
+    let ca = std::fs::read_to_string(cluster.ca_file()).unwrap();
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).domain_name("controller.far.internal");
+    let tls = match credentials {
+        Some(own) => tls.identity(TlsIdentity::from_pem(&own.certificate_pem, &own.key_pem)),
+        None => tls,
+    };
+    let endpoint = Endpoint::from_shared(format!("https://{}", cluster.address)).unwrap().tls_config(tls).unwrap();
+    BladesClient::new(endpoint.connect_lazy())
+}
+
+/// Joins as `blade` with a request for `named`.
+pub async fn join(cluster: &Cluster, token: &str, blade: &str, named: &str) -> Result<Credentials, Status> {
+    let (key, csr_pem) = csr(named);
+    let request = JoinRequest { token: token.to_owned(), blade: blade.to_owned(), csr_pem };
+    let JoinResponse { certificate_pem, ca_pem, .. } = client(cluster, None).await.join(request).await?.into_inner();
+    Ok(Credentials { certificate_pem, key_pem: key.serialize_pem(), ca_pem })
+}
+
+pub async fn renew(cluster: &Cluster, credentials: &Credentials, named: &str) -> Result<Credentials, Status> {
+    let (key, csr_pem) = csr(named);
+    let answer = client(cluster, Some(credentials)).await.renew(RenewRequest { csr_pem }).await?.into_inner();
+    Ok(Credentials { certificate_pem: answer.certificate_pem, key_pem: key.serialize_pem(), ca_pem: answer.ca_pem })
+}
+
+#[derive(Default)]
+struct Ledger {
+    seq: u64,
+    agents: BTreeMap<(String, u32), AgentState>,
+    specs: BTreeMap<(String, u32), AgentSpec>,
+    /// Boots of each identity: more than one is the bug everything here is about.
+    boots: BTreeMap<(String, u32), u32>,
+    ensured: u32,
+    forgotten: u32,
+    epoch: u64,
+}
+
+#[derive(Clone)]
+pub struct Fake {
+    ledger: Arc<Mutex<Ledger>>,
+    events: broadcast::Sender<Event>,
+    /// Refuse new attempts as full.
+    pub full: Arc<AtomicBool>,
+}
+
+/// A running fake blade; dropping it is its death.
+pub struct FakeBlade {
+    pub name: String,
+    pub fake: Fake,
+    pub credentials: Credentials,
+    tasks: JoinSet<()>,
+}
+
+pub fn capacity(cpu_millis: u64, memory_mib: u64) -> NodeCapacity {
+    NodeCapacity {
+        cpu_millis,
+        memory_mib,
+        allocatable_cpu_millis: cpu_millis,
+        allocatable_memory_mib: memory_mib,
+        max_vms: 100,
+        arch: "amd64".into(),
+        boot_id: "boot".into(),
+        ..NodeCapacity::default()
+    }
+}
+
+impl FakeBlade {
+    pub async fn start(cluster: &Cluster, name: &str, room: NodeCapacity) -> Self {
+        let token = cluster.new_token(Some(name));
+        let credentials = join(cluster, &token, name, name).await.unwrap();
+        let fake = Fake { ledger: Arc::default(), events: broadcast::channel(1024).0, full: Arc::default() };
+        Self::resume(cluster, name, room, credentials, fake).await
+    }
+
+    /// Serves with what an earlier life kept: ledger and certificate.
+    pub async fn resume(cluster: &Cluster, name: &str, room: NodeCapacity, credentials: Credentials, fake: Fake) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = listener.local_addr().unwrap().to_string();
+        let tls = ServerTlsConfig::new()
+            .identity(TlsIdentity::from_pem(&credentials.certificate_pem, &credentials.key_pem))
+            .client_ca_root(Certificate::from_pem(&credentials.ca_pem));
+        let router = Server::builder().tls_config(tls).unwrap().add_service(NodeServer::new(fake.clone()));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let mut client = client(cluster, Some(&credentials)).await;
+        tasks.spawn(async move {
+            loop {
+                let request =
+                    HeartbeatRequest { endpoint: endpoint.clone(), capacity: Some(room.clone()), labels: Default::default() };
+                // While the controller is away there is nobody to tell.
+                let _ = client.heartbeat(request).await;
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        });
+        let blade = Self { name: name.to_owned(), fake, credentials, tasks };
+        cluster.wait_ready(name, "True").await;
+        blade
+    }
+
+    pub async fn die(mut self) -> (Credentials, Fake) {
+        self.tasks.shutdown().await;
+        (self.credentials.clone(), self.fake.clone())
+    }
+}
+
+impl Fake {
+    fn change(&self, key: &(String, u32), change: impl FnOnce(&mut AgentState)) -> Option<AgentState> {
+        let mut ledger = self.ledger.lock().unwrap();
+        ledger.seq += 1;
+        let seq = ledger.seq;
+        let state = ledger.agents.get_mut(key)?;
+        if state.phase() == Phase::Ended {
+            return Some(state.clone());
+        }
+        change(state);
+        state.seq = seq;
+        let state = state.clone();
+        let _ = self.events.send(Event { seq, state: Some(state.clone()), replay_done: false });
+        Some(state)
+    }
+
+    fn key(&self, uid: &str) -> (String, u32) {
+        let ledger = self.ledger.lock().unwrap();
+        ledger.agents.keys().rfind(|(one, _)| one == uid).cloned().unwrap_or((uid.to_owned(), 1))
+    }
+
+    pub fn running(&self, uid: &str) {
+        self.change(&self.key(uid), |state| {
+            state.set_phase(Phase::Running);
+            state.image_digest = "sha256:feed".into();
+            state.booted_at = Some(now());
+            state.started_at = Some(now());
+        });
+    }
+
+    pub fn ended(&self, uid: &str, reason: EndReason, exit_code: Option<i32>, message: &str) {
+        self.change(&self.key(uid), |state| end(state, reason, exit_code, message));
+    }
+
+    /// The blade's state folder was replaced.
+    pub fn lose_ledger(&self) {
+        let mut ledger = self.ledger.lock().unwrap();
+        ledger.agents.clear();
+    }
+
+    pub fn attempts(&self, uid: &str) -> Vec<u32> {
+        let ledger = self.ledger.lock().unwrap();
+        ledger.boots.keys().filter(|(one, _)| one == uid).map(|(_, attempt)| *attempt).collect()
+    }
+
+    pub fn most_boots(&self) -> u32 {
+        self.ledger.lock().unwrap().boots.values().copied().max().unwrap_or(0)
+    }
+
+    pub fn ensured(&self) -> u32 {
+        self.ledger.lock().unwrap().ensured
+    }
+
+    pub fn forgotten(&self) -> u32 {
+        self.ledger.lock().unwrap().forgotten
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.ledger.lock().unwrap().epoch
+    }
+
+    pub fn spec(&self, uid: &str) -> Option<AgentSpec> {
+        self.ledger.lock().unwrap().specs.get(&self.key_locked(uid)).cloned()
+    }
+
+    fn key_locked(&self, uid: &str) -> (String, u32) {
+        (uid.to_owned(), 1)
+    }
+
+    pub fn phase(&self, uid: &str) -> Option<Phase> {
+        let key = self.key(uid);
+        self.ledger.lock().unwrap().agents.get(&key).map(AgentState::phase)
+    }
+
+    fn check(&self, epoch: u64) -> Result<(), Status> {
+        let mut ledger = self.ledger.lock().unwrap();
+        if epoch < ledger.epoch {
+            return Err(Status::failed_precondition(format!("epoch {epoch} is older than {}", ledger.epoch)));
+        }
+        ledger.epoch = epoch;
+        Ok(())
+    }
+}
+
+fn now() -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }
+}
+
+fn end(state: &mut AgentState, reason: EndReason, exit_code: Option<i32>, message: &str) {
+    state.set_phase(Phase::Ended);
+    state.finished_at = Some(now());
+    state.end = Some(End {
+        reason: reason.into(),
+        exit_code,
+        signal: None,
+        message: message.to_owned(),
+        tail: "last words".into(),
+    });
+}
+
+fn key_of(identity: Option<Identity>) -> Result<(Identity, (String, u32)), Status> {
+    let identity = identity.ok_or_else(|| Status::invalid_argument("identity is missing"))?;
+    let key = (identity.uid.clone(), identity.attempt);
+    Ok((identity, key))
+}
+
+type Flow<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[async_trait]
+impl Node for Fake {
+    async fn ensure_agent(&self, request: Request<EnsureAgentRequest>) -> Result<Response<AgentState>, Status> {
+        let request = request.into_inner();
+        self.check(request.epoch)?;
+        let (identity, key) = key_of(request.identity)?;
+        let mut ledger = self.ledger.lock().unwrap();
+        ledger.ensured += 1;
+        if let Some(state) = ledger.agents.get(&key) {
+            return Ok(Response::new(state.clone()));
+        }
+        if self.full.load(Ordering::SeqCst) {
+            return Err(Status::resource_exhausted("no room in this fake"));
+        }
+        let spec = request.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
+        if spec.cpu_millis > 64_000 {
+            return Err(Status::invalid_argument("spec.cpu: more than 64 cores"));
+        }
+        *ledger.boots.entry(key.clone()).or_default() += 1;
+        ledger.specs.insert(key.clone(), spec);
+        ledger.seq += 1;
+        let mut state = AgentState { identity: Some(identity), seq: ledger.seq, ..AgentState::default() };
+        state.set_phase(Phase::Accepted);
+        ledger.agents.insert(key, state.clone());
+        let _ = self.events.send(Event { seq: ledger.seq, state: Some(state.clone()), replay_done: false });
+        Ok(Response::new(state))
+    }
+
+    async fn stop_agent(&self, request: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {
+        let request = request.into_inner();
+        self.check(request.epoch)?;
+        let (identity, key) = key_of(request.identity)?;
+        let known = self.change(&key, |state| end(state, EndReason::Signal, None, "stopped"));
+        let state = known.unwrap_or_else(|| {
+            let mut state = AgentState { identity: Some(identity), ..AgentState::default() };
+            end(&mut state, EndReason::Evicted, None, "never began");
+            self.ledger.lock().unwrap().agents.insert(key, state.clone());
+            state
+        });
+        Ok(Response::new(state))
+    }
+
+    async fn forget_agent(&self, request: Request<ForgetAgentRequest>) -> Result<Response<ForgetAgentResponse>, Status> {
+        let request = request.into_inner();
+        self.check(request.epoch)?;
+        let (_, key) = key_of(request.identity)?;
+        let mut ledger = self.ledger.lock().unwrap();
+        if ledger.agents.get(&key).is_some_and(|state| state.phase() != Phase::Ended) {
+            return Err(Status::failed_precondition("still running"));
+        }
+        ledger.agents.remove(&key);
+        ledger.forgotten += 1;
+        Ok(Response::new(ForgetAgentResponse {}))
+    }
+
+    async fn list_agents(&self, _: Request<ListAgentsRequest>) -> Result<Response<ListAgentsResponse>, Status> {
+        let ledger = self.ledger.lock().unwrap();
+        let agents = ledger.agents.values().cloned().collect();
+        Ok(Response::new(ListAgentsResponse { agents, seq: ledger.seq, boot_id: "boot".into() }))
+    }
+
+    type WatchEventsStream = Flow<Event>;
+
+    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Result<Response<Flow<Event>>, Status> {
+        self.check(request.into_inner().epoch)?;
+        let ledger = self.ledger.lock().unwrap();
+        let live = BroadcastStream::new(self.events.subscribe());
+        let mut replay: Vec<Result<Event, Status>> = ledger
+            .agents
+            .values()
+            .map(|state| Ok(Event { seq: state.seq, state: Some(state.clone()), replay_done: false }))
+            .collect();
+        replay.push(Ok(Event { seq: ledger.seq, state: None, replay_done: true }));
+        let live = live.map(|event| event.map_err(|_| Status::data_loss("too slow")));
+        Ok(Response::new(Box::pin(tokio_stream::iter(replay).chain(live))))
+    }
+
+    type LogsStream = Flow<LogChunk>;
+
+    async fn logs(&self, _: Request<LogsRequest>) -> Result<Response<Flow<LogChunk>>, Status> {
+        Err(Status::unimplemented("a fake blade keeps no logs"))
+    }
+
+    async fn capacity(&self, _: Request<CapacityRequest>) -> Result<Response<NodeCapacity>, Status> {
+        Err(Status::unimplemented("told by heartbeat"))
+    }
+
+    async fn load_image(&self, _: Request<Streaming<LoadImageRequest>>) -> Result<Response<Image>, Status> {
+        Err(Status::unimplemented("Unix socket only"))
+    }
+
+    async fn list_images(&self, _: Request<ListImagesRequest>) -> Result<Response<ListImagesResponse>, Status> {
+        Err(Status::unimplemented("a fake blade keeps no images"))
+    }
+
+    async fn remove_image(&self, _: Request<RemoveImageRequest>) -> Result<Response<RemoveImageResponse>, Status> {
+        Err(Status::unimplemented("Unix socket only"))
+    }
+}
