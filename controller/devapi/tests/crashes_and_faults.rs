@@ -20,7 +20,7 @@ struct Process {
 impl Process {
     async fn start(folder: &Path) -> Self {
         let (ready, kubeconfig) = (folder.join("ready"), folder.join("kubeconfig"));
-        let _ = std::fs::remove_file(&ready);
+        let _ = std::fs::remove_file(&ready); // Of the run before: it would be seen before the new one removes it.
         let child = Command::new(env!("CARGO_BIN_EXE_far-devapi"))
             .arg("--data-dir")
             .arg(folder.join("data"))
