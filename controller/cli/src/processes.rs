@@ -129,6 +129,12 @@ impl Process {
         })
     }
 
+    /// Its program was replaced or removed since it started: the kernel marks the link so (proc(5), `/proc/pid/exe`).
+    pub(crate) fn is_of_replaced_program(&self) -> bool {
+        fs::read_link(format!("/proc/{}/exe", self.pid))
+            .is_ok_and(|program| program.as_os_str().as_encoded_bytes().ends_with(b" (deleted)"))
+    }
+
     /// How long it has run.
     pub(crate) fn age(&self) -> Option<Duration> {
         let uptime = fs::read_to_string("/proc/uptime").ok()?;
@@ -229,6 +235,21 @@ mod tests {
         // Not reaped before it ended: it stays as a zombie.
         assert!(process.end(Duration::from_secs(60)).await.unwrap());
         assert!(!process.is_alive());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_program_that_was_built_again_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("sleeper");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = std::process::Command::new(&program).arg("600").spawn().unwrap();
+        let process = Process::live(child.id().cast_signed()).unwrap();
+        assert!(!process.is_of_replaced_program());
+        fs::remove_file(&program).unwrap();
+        fs::copy("/bin/sleep", &program).unwrap();
+        assert!(process.is_of_replaced_program());
+        child.kill().unwrap();
         child.wait().unwrap();
     }
 

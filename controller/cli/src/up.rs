@@ -139,14 +139,14 @@ async fn ensure(
     let was_started = daemon.was_started(folders);
     if let Some(process) = daemon.process(folders) {
         match daemon.address(folders) {
-            Some(address) if !must_restart => {
+            Some(address) if !must_restart && !process.is_of_replaced_program() => {
                 output::line(&format!("{program} runs already (pid {}, {address})", process.pid));
                 return Ok(Running {
                     address,
                     has_moved: false,
                 });
             }
-            // It never came to serve, or has to hear something new.
+            // It never came to serve, has to hear something new, or was built again since.
             _ => {
                 daemon.stop(folders, RESTART_GRACE).await?;
             }
