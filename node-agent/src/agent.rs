@@ -36,7 +36,7 @@ use far_proto::{
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -84,6 +84,8 @@ pub struct Blade {
     pub logs: PathBuf,
     /// Of this start of the blade's kernel.
     pub boot_id: String,
+    /// Told when images come or go: the controller hears of it at once.
+    pub images_changed: Notify,
     /// Ends all tasks; VMs stay.
     pub shutdown: CancellationToken,
 }
@@ -258,7 +260,7 @@ impl AgentTask {
                         spawn,
                         image_digest,
                         resources,
-                        launch,
+                        launch: Box::new(launch),
                         message,
                     },
                 ))
@@ -620,7 +622,8 @@ impl AgentTask {
     // ---- the end ----
 
     async fn finish(mut self, mut vmm: VmmEnd) {
-        if self.session.is_some() {
+        // A stored report means that all output came before it.
+        if self.session.is_some() && self.record.exit.is_none() {
             let _ = tokio::time::timeout(DRAIN_LIMIT, self.drain()).await;
         }
         if let Some(report) = self.pending_exit.take() {

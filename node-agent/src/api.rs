@@ -257,7 +257,9 @@ impl Node for NodeApi {
         {
             tracing::warn!(path = %path.display(), %error, "a received archive is left");
         }
-        Ok(Response::new(wire::image(loaded?)))
+        let loaded = loaded?;
+        self.supervisor.blade().images_changed.notify_one();
+        Ok(Response::new(wire::image(loaded)))
     }
 
     async fn list_images(
@@ -282,6 +284,7 @@ impl Node for NodeApi {
         let live = entries.iter().filter(|entry| !entry.record.is_ended());
         let in_use = live.filter_map(|entry| entry.record.image_digest.clone()).collect();
         blocking(move || images.remove(&reference, &in_use)).await??;
+        self.supervisor.blade().images_changed.notify_one();
         Ok(Response::new(proto::RemoveImageResponse {}))
     }
 }

@@ -213,11 +213,13 @@ impl VmHost for DirectHost {
             let (out, err) = log()
                 .and_then(|out| Ok((out, log()?)))
                 .map_err(|error| failed("opening far-vmm's log", error.to_string()))?;
+            let netns = self.options.nics.netns_of(vm);
+            let netns = netns.map_err(|error| failed("opening the network namespace", error.to_string()))?;
             // Dropping the child neither kills nor forgets it: tokio reaps it when it ends.
             let mut child = tokio::process::Command::new(&self.options.far_vmm)
                 .args(["--id", vm.as_str(), "--no-api", "--config-file"])
                 .arg(folder.join("vm.json"))
-                .stdin(Stdio::null())
+                .stdin(netns.map_or_else(Stdio::null, Stdio::from))
                 .stdout(out)
                 .stderr(err)
                 .current_dir(&folder)

@@ -11,9 +11,15 @@ use far_net::{GuestNetns, Slot};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io,
     path::PathBuf,
     sync::{Mutex, PoisonError},
 };
+
+/// Where far-vmm finds the namespace: its standard input. A path into this process would be gone if far-node is killed
+/// before far-vmm opens it.
+const INHERITED: &str = "/proc/self/fd/0";
 
 /// A guest's NIC, as the ledger keeps it and the guest is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,9 +97,20 @@ impl Nics {
         Ok(Attachment {
             tap: tap.as_str().to_owned(),
             mac: slot.guest_mac(),
-            netns: netns.path(),
+            netns: INHERITED.into(),
             nic,
         })
+    }
+
+    /// The namespace for a VM that was attached, as far-vmm's standard input.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(crate) fn netns_of(&self, vm: &VmId) -> io::Result<Option<File>> {
+        match (&self.netns, self.slot_of(vm)) {
+            (Ok(netns), Some(_)) => File::open(netns.path()).map(Some),
+            (Ok(_) | Err(_), _) => Ok(None),
+        }
     }
 
     /// Removes the VM's tap, if this far-node made one. Blocking.

@@ -67,7 +67,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
             let api = NodeApi::new(supervisor, machine.clone(), epochs.clone(), Origin::Controller);
             let remote = Remote::bind(&config.name, &config.state_dir, controller.clone(), api).await?;
             let address = remote.address();
-            serving.spawn(remote.run(machine, epochs, blade.images.clone(), shutdown.clone()));
+            serving.spawn(remote.run(machine, epochs, blade, shutdown.clone()));
             address
         }
     };
@@ -163,6 +163,7 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         limits,
         logs,
         boot_id,
+        images_changed: tokio::sync::Notify::new(),
         shutdown,
     };
     Ok(Opened {

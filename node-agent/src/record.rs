@@ -195,7 +195,7 @@ pub enum Fact {
         /// What the VM gets.
         resources: Resources,
         /// What the guest is to run.
-        launch: Launch,
+        launch: Box<Launch>,
         /// What it goes without.
         message: String,
     },
@@ -335,7 +335,7 @@ impl Record {
                 self.spawn = Some(spawn);
                 self.image_digest = Some(image_digest);
                 self.resources = Some(resources);
-                self.launch = Some(launch);
+                self.launch = Some(*launch);
                 self.message = message;
             }
             Fact::Hello { at, nonce } => {
@@ -423,14 +423,14 @@ pub(crate) mod tests {
             },
             image_digest: "sha256:0".into(),
             resources: Resources::default(),
-            launch: Launch {
+            launch: Box::new(Launch {
                 program: "/bin/true".into(),
                 args: vec![],
                 image_env: vec![],
                 working_dir: "/".into(),
                 user: String::new(),
                 nic: None,
-            },
+            }),
             message: String::new(),
         }
     }

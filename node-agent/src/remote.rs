@@ -12,11 +12,11 @@ mod identity;
 mod tls;
 
 use crate::{
+    agent::Blade,
     api::NodeApi,
     capacity::Machine,
     config::ControllerConfig,
     epoch::{EpochGuard, Origin},
-    host::Images,
 };
 use anyhow::{Context, Result};
 use far_proto::controller::{HeartbeatRequest, JoinRequest, RenewRequest, blades_client::BladesClient};
@@ -90,7 +90,7 @@ impl Remote {
         self,
         machine: Arc<Machine>,
         epochs: Arc<EpochGuard>,
-        images: Arc<dyn Images>,
+        node: Arc<Blade>,
         shutdown: CancellationToken,
     ) -> Result<()> {
         let (tls, configs) = watch::channel(None);
@@ -109,7 +109,7 @@ impl Remote {
             endpoint,
             machine,
             epochs,
-            images,
+            node,
             tls,
         };
         tokio::select! {
@@ -177,7 +177,7 @@ struct Agent {
     endpoint: String,
     machine: Arc<Machine>,
     epochs: Arc<EpochGuard>,
-    images: Arc<dyn Images>,
+    node: Arc<Blade>,
     tls: watch::Sender<Option<Arc<ServerConfig>>>,
 }
 
@@ -213,7 +213,10 @@ impl Agent {
             let pause = self.heartbeat(&mut client).await?;
             *failures = 0;
             let renew_in = identity.renew_at.duration_since(SystemTime::now()).unwrap_or_default();
-            tokio::time::sleep_until(Instant::now() + pause.min(renew_in)).await;
+            tokio::select! {
+                () = tokio::time::sleep_until(Instant::now() + pause.min(renew_in)) => {}
+                () = self.node.images_changed.notified() => {}
+            }
         }
     }
 
@@ -303,7 +306,7 @@ impl Agent {
 
     /// Answers how long until the next one.
     async fn heartbeat(&self, client: &mut BladesClient<Channel>) -> Result<Duration> {
-        let (machine, images) = (self.machine.clone(), self.images.clone());
+        let (machine, images) = (self.machine.clone(), self.node.images.clone());
         let capacity = tokio::task::spawn_blocking(move || machine.capacity(&*images)).await?;
         let request = HeartbeatRequest {
             endpoint: self.endpoint.clone(),

@@ -189,11 +189,11 @@ impl Setup {
             .await
             .unwrap();
         let address = remote.address();
-        let images = node.blade.images.clone();
+        let blade = node.blade.clone();
         let token = shutdown.clone();
         tasks.spawn(async move {
             let _node = node;
-            remote.run(machine, epochs, images, token).await.unwrap();
+            remote.run(machine, epochs, blade, token).await.unwrap();
         });
         (address, shutdown)
     }

@@ -35,7 +35,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
-    sync::watch,
+    sync::{Notify, watch},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -233,6 +233,7 @@ impl World {
             },
             logs: self.dir.path().join("logs"),
             boot_id: self.boot_id.clone(),
+            images_changed: Notify::new(),
             shutdown: CancellationToken::new(),
         });
         let room = Room {
