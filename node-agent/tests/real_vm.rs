@@ -346,3 +346,30 @@ async fn a_guest_has_a_nic_or_the_status_says_why_not() {
         node.until_nothing_is_left(&state.vm_id).await;
     }
 }
+
+#[tokio::test]
+async fn killed_at_any_stage_after_the_spawn_the_agent_still_completes_once() {
+    let test = "killed_at_any_stage_after_the_spawn_the_agent_still_completes_once";
+    let Some(mut node) = Node::start(test).await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    for stage in ["far-vmm", "vhost-device-vsock", "qemu-system"] {
+        let uid = format!("at-{stage}");
+        let request = agent(&uid, "payload", None, &["out=done"], 128);
+        let state = node.client().ensure_agent(request.clone()).await.unwrap().into_inner();
+        node.until_process(&state.vm_id, stage).await;
+        node.kill_and_restart().await;
+        node.client().ensure_agent(request).await.unwrap();
+        let state = node.until(&uid, |state| state.phase() == Phase::Ended).await;
+        let end = state.end.unwrap();
+        assert_eq!(
+            (end.reason(), end.exit_code),
+            (EndReason::Completed, Some(0)),
+            "{stage}: {end:?}\n{}",
+            node.report()
+        );
+        assert_eq!(node.output(&uid).await, "done\n", "{stage}");
+        node.until_nothing_is_left(&state.vm_id).await;
+    }
+}

@@ -284,6 +284,25 @@ impl Node {
         }
     }
 
+    /// Waits until a process of this VM runs a program whose path has this name in it.
+    pub(crate) async fn until_process(&self, vm_id: &str, program: &str) {
+        let wait = async {
+            loop {
+                let lines = processes_with(vm_id);
+                if lines
+                    .iter()
+                    .any(|line| line.split(' ').next().is_some_and(|name| name.contains(program)))
+                {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, wait)
+            .await
+            .unwrap_or_else(|_| panic!("no {program} came\n{}", self.report()));
+    }
+
     /// Kills the VM's QEMU.
     pub(crate) async fn kill_vmm(&self, vm_id: &str) {
         let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
