@@ -1,6 +1,8 @@
 //! The three daemons of `far up`: starting them detached, knowing whether they run, waiting until they serve.
 //!
-//!     stopped ─start─► starting ─ready file─► serving ─dies─► dead ─start─► …
+//! ```text
+//! stopped ─start─► starting ─ready file─► serving ─dies─► dead ─start─► …
+//! ```
 //!
 //! Each has in `$FAR_STATE/run`: `NAME.pid` (who it is), `NAME.ready` (its address, written by itself once it serves, removed
 //! before each start) and `NAME.address` (the last one, asked for again after a restart so that the others find it).

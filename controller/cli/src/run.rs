@@ -1,7 +1,9 @@
 //! `far run`: one agent from a file, its output as it comes, its exit code at the end.
 //!
-//!     apply what it needs ─► create ─► output of each attempt ─► final phase ─► exit code
-//!                              └─ Ctrl-C at any time: delete the agent, 130
+//! ```text
+//! apply what it needs ─► create ─► output of each attempt ─► final phase ─► exit code
+//!                          └─ Ctrl-C at any time: delete the agent, 130
+//! ```
 
 use std::path::PathBuf;
 
