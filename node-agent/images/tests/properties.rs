@@ -50,18 +50,24 @@ enum Step {
     Hide(String),
 }
 
-fn paths() -> impl Strategy<Value = String> {
-    prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4).prop_map(|names| names.join("/"))
+/// Few folders, so that layers meet in them; a file mostly has a name that no folder has, else nearly every case is refused.
+fn folders() -> impl Strategy<Value = String> {
+    prop::collection::vec(prop::sample::select(vec!["a", "b"]), 1..4).prop_map(|names| names.join("/"))
+}
+
+fn files() -> impl Strategy<Value = String> {
+    let name = prop_oneof![9 => Just("f"), 9 => Just("g"), 1 => Just("a")];
+    (folders(), name).prop_map(|(folder, name)| format!("{folder}/{name}"))
 }
 
 fn steps() -> impl Strategy<Value = Vec<Vec<Step>>> {
     let step = prop_oneof![
-        4 => (paths(), any::<u8>()).prop_map(|(path, byte)| Step::File(path, byte)),
-        2 => paths().prop_map(Step::Folder),
-        2 => (paths(), prop::sample::select(vec!["a", "b", "c"])).prop_map(|(path, name)| Step::Remove(path, name)),
-        1 => paths().prop_map(Step::Hide),
+        6 => (files(), any::<u8>()).prop_map(|(path, byte)| Step::File(path, byte)),
+        1 => folders().prop_map(Step::Folder),
+        3 => (folders(), prop::sample::select(vec!["a", "b", "f"])).prop_map(|(path, name)| Step::Remove(path, name)),
+        2 => folders().prop_map(Step::Hide),
     ];
-    prop::collection::vec(prop::collection::vec(step, 1..8), 1..4)
+    prop::collection::vec(prop::collection::vec(step, 2..9), 2..4)
 }
 
 /// What a path is in the model.
