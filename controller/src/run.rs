@@ -18,7 +18,7 @@ use kube::{
 };
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::{
@@ -48,7 +48,7 @@ pub struct Running {
     pub epoch: u64,
     shutdown: CancellationToken,
     lost: CancellationToken,
-    elector: tokio::task::JoinHandle<()>,
+    elector: AbortOnDropHandle<()>,
     tasks: JoinSet<Result<()>>,
     token: Option<Keeper>,
     _holder: Holder,
@@ -80,7 +80,7 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     tracing::info!(epoch = lead.epoch, "this controller leads");
     let elector = {
         let (lead, shutdown) = (lead.clone(), shutdown.clone());
-        tokio::spawn(async move { elector.keep(&lead, shutdown).await })
+        AbortOnDropHandle::new(tokio::spawn(async move { elector.keep(&lead, shutdown).await }))
     };
     // Ends the parts: told to end, or the lead is lost.
     let stop = shutdown.child_token();

@@ -17,10 +17,15 @@ use far_proto::{
         *,
     },
 };
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
-use tokio::{net::TcpListener, sync::broadcast, task::JoinSet};
-use tokio_stream::{StreamExt, wrappers::{BroadcastStream, TcpListenerStream}};
+use tokio::{
+    net::TcpListener,
+    sync::broadcast,
+    task::{JoinHandle, JoinSet},
+};
+use tokio_stream::wrappers::{BroadcastStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status, Streaming, async_trait,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity as TlsIdentity, Server, ServerTlsConfig},
@@ -48,27 +53,52 @@ pub struct Credentials {
 
 pub async fn client(cluster: &Cluster, credentials: Option<&Credentials>) -> BladesClient<Channel> {
     let ca = std::fs::read_to_string(cluster.ca_file()).unwrap();
-    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).domain_name("controller.far.internal");
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(ca))
+        .domain_name("controller.far.internal");
     let tls = match credentials {
         Some(own) => tls.identity(TlsIdentity::from_pem(&own.certificate_pem, &own.key_pem)),
         None => tls,
     };
-    let endpoint = Endpoint::from_shared(format!("https://{}", cluster.address)).unwrap().tls_config(tls).unwrap();
+    let endpoint = Endpoint::from_shared(format!("https://{}", cluster.address))
+        .unwrap()
+        .tls_config(tls)
+        .unwrap();
     BladesClient::new(endpoint.connect_lazy())
 }
 
 /// Joins as `blade` with a request for `named`.
 pub async fn join(cluster: &Cluster, token: &str, blade: &str, named: &str) -> Result<Credentials, Status> {
     let (key, csr_pem) = csr(named);
-    let request = JoinRequest { token: token.to_owned(), blade: blade.to_owned(), csr_pem };
-    let JoinResponse { certificate_pem, ca_pem, .. } = client(cluster, None).await.join(request).await?.into_inner();
-    Ok(Credentials { certificate_pem, key_pem: key.serialize_pem(), ca_pem })
+    let request = JoinRequest {
+        token: token.to_owned(),
+        blade: blade.to_owned(),
+        csr_pem,
+    };
+    let JoinResponse {
+        certificate_pem,
+        ca_pem,
+        ..
+    } = client(cluster, None).await.join(request).await?.into_inner();
+    Ok(Credentials {
+        certificate_pem,
+        key_pem: key.serialize_pem(),
+        ca_pem,
+    })
 }
 
 pub async fn renew(cluster: &Cluster, credentials: &Credentials, named: &str) -> Result<Credentials, Status> {
     let (key, csr_pem) = csr(named);
-    let answer = client(cluster, Some(credentials)).await.renew(RenewRequest { csr_pem }).await?.into_inner();
-    Ok(Credentials { certificate_pem: answer.certificate_pem, key_pem: key.serialize_pem(), ca_pem: answer.ca_pem })
+    let answer = client(cluster, Some(credentials))
+        .await
+        .renew(RenewRequest { csr_pem })
+        .await?
+        .into_inner();
+    Ok(Credentials {
+        certificate_pem: answer.certificate_pem,
+        key_pem: key.serialize_pem(),
+        ca_pem: answer.ca_pem,
+    })
 }
 
 #[derive(Default)]
@@ -87,6 +117,8 @@ struct Ledger {
 pub struct Fake {
     ledger: Arc<Mutex<Ledger>>,
     events: broadcast::Sender<Event>,
+    /// Cancelled when the blade dies: every connection ends.
+    dead: CancellationToken,
     /// Refuse new attempts as full.
     pub full: Arc<AtomicBool>,
 }
@@ -96,6 +128,7 @@ pub struct FakeBlade {
     pub name: String,
     pub fake: Fake,
     pub credentials: Credentials,
+    serving: JoinHandle<()>,
     tasks: JoinSet<()>,
 }
 
@@ -116,37 +149,72 @@ impl FakeBlade {
     pub async fn start(cluster: &Cluster, name: &str, room: NodeCapacity) -> Self {
         let token = cluster.new_token(Some(name));
         let credentials = join(cluster, &token, name, name).await.unwrap();
-        let fake = Fake { ledger: Arc::default(), events: broadcast::channel(1024).0, full: Arc::default() };
+        let fake = Fake {
+            ledger: Arc::default(),
+            events: broadcast::channel(1024).0,
+            dead: CancellationToken::new(),
+            full: Arc::default(),
+        };
         Self::resume(cluster, name, room, credentials, fake).await
     }
 
     /// Serves with what an earlier life kept: ledger and certificate.
-    pub async fn resume(cluster: &Cluster, name: &str, room: NodeCapacity, credentials: Credentials, fake: Fake) -> Self {
+    pub async fn resume(
+        cluster: &Cluster,
+        name: &str,
+        room: NodeCapacity,
+        credentials: Credentials,
+        mut fake: Fake,
+    ) -> Self {
+        fake.dead = CancellationToken::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap().to_string();
         let tls = ServerTlsConfig::new()
-            .identity(TlsIdentity::from_pem(&credentials.certificate_pem, &credentials.key_pem))
+            .identity(TlsIdentity::from_pem(
+                &credentials.certificate_pem,
+                &credentials.key_pem,
+            ))
             .client_ca_root(Certificate::from_pem(&credentials.ca_pem));
-        let router = Server::builder().tls_config(tls).unwrap().add_service(NodeServer::new(fake.clone()));
+        let router = Server::builder()
+            .tls_config(tls)
+            .unwrap()
+            .add_service(NodeServer::new(fake.clone()));
         let mut tasks = JoinSet::new();
-        tasks.spawn(async move { router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let dead = fake.dead.clone();
+        let serving = tokio::spawn(async move {
+            router
+                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), dead.cancelled_owned())
+                .await
+                .unwrap()
+        });
         let mut client = client(cluster, Some(&credentials)).await;
         tasks.spawn(async move {
             loop {
-                let request =
-                    HeartbeatRequest { endpoint: endpoint.clone(), capacity: Some(room.clone()), labels: Default::default() };
+                let request = HeartbeatRequest {
+                    endpoint: endpoint.clone(),
+                    capacity: Some(room.clone()),
+                    labels: Default::default(),
+                };
                 // While the controller is away there is nobody to tell.
                 let _ = client.heartbeat(request).await;
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         });
-        let blade = Self { name: name.to_owned(), fake, credentials, tasks };
+        let blade = Self {
+            name: name.to_owned(),
+            fake,
+            credentials,
+            serving,
+            tasks,
+        };
         cluster.wait_ready(name, "True").await;
         blade
     }
 
     pub async fn die(mut self) -> (Credentials, Fake) {
         self.tasks.shutdown().await;
+        self.fake.dead.cancel();
+        self.serving.await.unwrap();
         (self.credentials.clone(), self.fake.clone())
     }
 }
@@ -163,13 +231,22 @@ impl Fake {
         change(state);
         state.seq = seq;
         let state = state.clone();
-        let _ = self.events.send(Event { seq, state: Some(state.clone()), replay_done: false });
+        let _ = self.events.send(Event {
+            seq,
+            state: Some(state.clone()),
+            replay_done: false,
+        });
         Some(state)
     }
 
     fn key(&self, uid: &str) -> (String, u32) {
         let ledger = self.ledger.lock().unwrap();
-        ledger.agents.keys().rfind(|(one, _)| one == uid).cloned().unwrap_or((uid.to_owned(), 1))
+        ledger
+            .agents
+            .keys()
+            .rfind(|(one, _)| one == uid)
+            .cloned()
+            .unwrap_or((uid.to_owned(), 1))
     }
 
     pub fn running(&self, uid: &str) {
@@ -193,7 +270,12 @@ impl Fake {
 
     pub fn attempts(&self, uid: &str) -> Vec<u32> {
         let ledger = self.ledger.lock().unwrap();
-        ledger.boots.keys().filter(|(one, _)| one == uid).map(|(_, attempt)| *attempt).collect()
+        ledger
+            .boots
+            .keys()
+            .filter(|(one, _)| one == uid)
+            .map(|(_, attempt)| *attempt)
+            .collect()
     }
 
     pub fn most_boots(&self) -> u32 {
@@ -228,7 +310,10 @@ impl Fake {
     fn check(&self, epoch: u64) -> Result<(), Status> {
         let mut ledger = self.ledger.lock().unwrap();
         if epoch < ledger.epoch {
-            return Err(Status::failed_precondition(format!("epoch {epoch} is older than {}", ledger.epoch)));
+            return Err(Status::failed_precondition(format!(
+                "epoch {epoch} is older than {}",
+                ledger.epoch
+            )));
         }
         ledger.epoch = epoch;
         Ok(())
@@ -236,7 +321,10 @@ impl Fake {
 }
 
 fn now() -> prost_types::Timestamp {
-    prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }
+    prost_types::Timestamp {
+        seconds: 1_700_000_000,
+        nanos: 0,
+    }
 }
 
 fn end(state: &mut AgentState, reason: EndReason, exit_code: Option<i32>, message: &str) {
@@ -273,17 +361,27 @@ impl Node for Fake {
         if self.full.load(Ordering::SeqCst) {
             return Err(Status::resource_exhausted("no room in this fake"));
         }
-        let spec = request.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
+        let spec = request
+            .spec
+            .ok_or_else(|| Status::invalid_argument("spec is missing"))?;
         if spec.cpu_millis > 64_000 {
             return Err(Status::invalid_argument("spec.cpu: more than 64 cores"));
         }
         *ledger.boots.entry(key.clone()).or_default() += 1;
         ledger.specs.insert(key.clone(), spec);
         ledger.seq += 1;
-        let mut state = AgentState { identity: Some(identity), seq: ledger.seq, ..AgentState::default() };
+        let mut state = AgentState {
+            identity: Some(identity),
+            seq: ledger.seq,
+            ..AgentState::default()
+        };
         state.set_phase(Phase::Accepted);
         ledger.agents.insert(key, state.clone());
-        let _ = self.events.send(Event { seq: ledger.seq, state: Some(state.clone()), replay_done: false });
+        let _ = self.events.send(Event {
+            seq: ledger.seq,
+            state: Some(state.clone()),
+            replay_done: false,
+        });
         Ok(Response::new(state))
     }
 
@@ -293,7 +391,10 @@ impl Node for Fake {
         let (identity, key) = key_of(request.identity)?;
         let known = self.change(&key, |state| end(state, EndReason::Signal, None, "stopped"));
         let state = known.unwrap_or_else(|| {
-            let mut state = AgentState { identity: Some(identity), ..AgentState::default() };
+            let mut state = AgentState {
+                identity: Some(identity),
+                ..AgentState::default()
+            };
             end(&mut state, EndReason::Evicted, None, "never began");
             self.ledger.lock().unwrap().agents.insert(key, state.clone());
             state
@@ -301,12 +402,19 @@ impl Node for Fake {
         Ok(Response::new(state))
     }
 
-    async fn forget_agent(&self, request: Request<ForgetAgentRequest>) -> Result<Response<ForgetAgentResponse>, Status> {
+    async fn forget_agent(
+        &self,
+        request: Request<ForgetAgentRequest>,
+    ) -> Result<Response<ForgetAgentResponse>, Status> {
         let request = request.into_inner();
         self.check(request.epoch)?;
         let (_, key) = key_of(request.identity)?;
         let mut ledger = self.ledger.lock().unwrap();
-        if ledger.agents.get(&key).is_some_and(|state| state.phase() != Phase::Ended) {
+        if ledger
+            .agents
+            .get(&key)
+            .is_some_and(|state| state.phase() != Phase::Ended)
+        {
             return Err(Status::failed_precondition("still running"));
         }
         ledger.agents.remove(&key);
@@ -317,7 +425,11 @@ impl Node for Fake {
     async fn list_agents(&self, _: Request<ListAgentsRequest>) -> Result<Response<ListAgentsResponse>, Status> {
         let ledger = self.ledger.lock().unwrap();
         let agents = ledger.agents.values().cloned().collect();
-        Ok(Response::new(ListAgentsResponse { agents, seq: ledger.seq, boot_id: "boot".into() }))
+        Ok(Response::new(ListAgentsResponse {
+            agents,
+            seq: ledger.seq,
+            boot_id: "boot".into(),
+        }))
     }
 
     type WatchEventsStream = Flow<Event>;
@@ -329,10 +441,22 @@ impl Node for Fake {
         let mut replay: Vec<Result<Event, Status>> = ledger
             .agents
             .values()
-            .map(|state| Ok(Event { seq: state.seq, state: Some(state.clone()), replay_done: false }))
+            .map(|state| {
+                Ok(Event {
+                    seq: state.seq,
+                    state: Some(state.clone()),
+                    replay_done: false,
+                })
+            })
             .collect();
-        replay.push(Ok(Event { seq: ledger.seq, state: None, replay_done: true }));
-        let live = live.map(|event| event.map_err(|_| Status::data_loss("too slow")));
+        replay.push(Ok(Event {
+            seq: ledger.seq,
+            state: None,
+            replay_done: true,
+        }));
+        let live = live
+            .map(|event| event.map_err(|_| Status::data_loss("too slow")))
+            .take_until(self.dead.clone().cancelled_owned());
         Ok(Response::new(Box::pin(tokio_stream::iter(replay).chain(live))))
     }
 

@@ -54,12 +54,23 @@ impl Cluster {
             .with_test_writer()
             .try_init();
         let dir = tempfile::tempdir().unwrap();
-        let api = DevApi::start(far_devapi::Config::new(dir.path().join("devapi"))).await.unwrap();
+        let api = DevApi::start(far_devapi::Config::new(dir.path().join("devapi")))
+            .await
+            .unwrap();
         std::fs::write(dir.path().join("kubeconfig"), &api.kubeconfig).unwrap();
         let kubeconfig = Kubeconfig::from_yaml(&api.kubeconfig).unwrap();
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+            .await
+            .unwrap();
         let client = Client::try_from(config).unwrap();
-        let mut cluster = Self { dir, api, client, controller: None, address: String::new(), epoch: 0 };
+        let mut cluster = Self {
+            dir,
+            api,
+            client,
+            controller: None,
+            address: String::new(),
+            epoch: 0,
+        };
         cluster.start_controller(change).await;
         cluster
     }
@@ -125,8 +136,12 @@ impl Cluster {
     }
 
     pub async fn create(&self, name: &str, spec: Value) -> FarAgent {
-        let agent = json!({"apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "metadata": {"name": name}, "spec": spec});
-        self.agents().create(&PostParams::default(), &serde_json::from_value(agent).unwrap()).await.unwrap()
+        let agent =
+            json!({"apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "metadata": {"name": name}, "spec": spec});
+        self.agents()
+            .create(&PostParams::default(), &serde_json::from_value(agent).unwrap())
+            .await
+            .unwrap()
     }
 
     pub async fn delete(&self, name: &str) {
@@ -152,18 +167,25 @@ impl Cluster {
     }
 
     pub async fn wait_phase(&self, name: &str, phase: &str) -> Value {
-        self.wait(name, &format!("to be {phase}"), |status| status["phase"] == phase).await
+        self.wait(name, &format!("to be {phase}"), |status| status["phase"] == phase)
+            .await
     }
 
     pub async fn wait_gone(&self, name: &str) {
-        until(&format!("{name} to be gone"), async || self.agents().get_opt(name).await.unwrap().is_none().then_some(())).await;
+        until(&format!("{name} to be gone"), async || {
+            self.agents().get_opt(name).await.unwrap().is_none().then_some(())
+        })
+        .await;
     }
 
     pub async fn wait_ready(&self, blade: &str, ready: &str) {
         until(&format!("blade {blade} to be Ready={ready}"), async || {
             let node = self.nodes().get_opt(blade).await.unwrap()?;
             let conditions = node.status?.conditions;
-            conditions.iter().any(|one| one.type_ == "Ready" && one.status == ready).then_some(())
+            conditions
+                .iter()
+                .any(|one| one.type_ == "Ready" && one.status == ready)
+                .then_some(())
         })
         .await;
     }
@@ -172,7 +194,10 @@ impl Cluster {
     pub async fn events(&self, name: &str) -> Vec<String> {
         let events: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(self.client.clone(), "default");
         let all = events.list(&Default::default()).await.unwrap();
-        let about = all.items.into_iter().filter(|event| event.regarding.as_ref().and_then(|one| one.name.as_deref()) == Some(name));
+        let about = all
+            .items
+            .into_iter()
+            .filter(|event| event.regarding.as_ref().and_then(|one| one.name.as_deref()) == Some(name));
         about.filter_map(|event| event.reason).collect()
     }
 }

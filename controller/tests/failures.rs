@@ -1,0 +1,182 @@
+//! What happens when something dies: controllers, blades, connections. One attempt boots at most once, nothing is lost.
+
+mod support;
+
+use std::time::Duration;
+
+use far_proto::node::{EndReason, Phase};
+use kube::ResourceExt;
+use serde_json::json;
+use support::{
+    Cluster,
+    blade::{FakeBlade, capacity},
+    until,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_controller_goes_on_where_it_was_and_boots_nothing_twice() {
+    let mut cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let mut uids = Vec::new();
+    for number in 0..6 {
+        uids.push(
+            cluster
+                .create(
+                    &format!("a{number}"),
+                    json!({"image": "a", "memory": "128Mi", "cpu": "100m"}),
+                )
+                .await
+                .uid()
+                .unwrap(),
+        );
+    }
+    until("one to be there", async || blade.fake.phase(&uids[0])).await;
+    let first_epoch = cluster.epoch;
+    cluster.kill_controller().await;
+    // The blade goes on while nobody looks.
+    let begun = uids
+        .iter()
+        .filter(|uid| blade.fake.phase(uid).is_some())
+        .cloned()
+        .collect::<Vec<_>>();
+    blade.fake.running(&begun[0]);
+    blade
+        .fake
+        .ended(&begun[0], EndReason::Error, Some(3), "while nobody looked");
+    cluster.start_controller(|_| {}).await;
+    assert!(cluster.epoch > first_epoch, "every controller has an epoch of its own");
+
+    for (number, uid) in uids.iter().enumerate() {
+        until("every agent to be on the blade", async || blade.fake.phase(uid)).await;
+        blade.fake.ended(uid, EndReason::Completed, Some(0), "");
+        let name = format!("a{number}");
+        let done = cluster
+            .wait(&name, "to end", |status| status["exitCode"].is_i64())
+            .await;
+        assert_eq!(done["status"]["attempt"], 1);
+        let code = if *uid == begun[0] { 3 } else { 0 };
+        assert_eq!(done["status"]["exitCode"], code, "{done}");
+        assert_eq!(blade.fake.attempts(uid), [1]);
+    }
+    assert_eq!(blade.fake.most_boots(), 1);
+    assert_eq!(blade.fake.epoch(), cluster.epoch);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_deleted_while_no_controller_runs_is_stopped_by_the_next() {
+    let mut cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("doomed", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    cluster.kill_controller().await;
+    cluster.delete("doomed").await;
+    assert!(
+        cluster.agents().get_opt("doomed").await.unwrap().is_some(),
+        "the finalizer keeps it"
+    );
+    cluster.start_controller(|_| {}).await;
+    cluster.wait_gone("doomed").await;
+    assert_eq!(blade.fake.phase(&uid), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_of_a_lost_blade_are_unknown_and_known_again_when_it_is_back() {
+    let cluster = Cluster::start_with(|config| config.node_lost_after = Duration::from_secs(2)).await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("away", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    blade.fake.running(&uid);
+    cluster.wait_phase("away", "Running").await;
+    let (credentials, fake) = blade.die().await;
+    cluster.wait_ready("b1", "Unknown").await;
+    let lost = cluster.wait_phase("away", "Unknown").await;
+    assert_eq!(
+        (&lost["status"]["nodeName"], &lost["status"]["attempt"]),
+        (&json!("b1"), &json!(1)),
+        "nothing is started elsewhere"
+    );
+    let back = FakeBlade::resume(&cluster, "b1", capacity(8000, 8192), credentials, fake).await;
+    cluster.wait_phase("away", "Running").await;
+    assert_eq!(back.fake.most_boots(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_on_a_blade_that_never_comes_back_is_released_after_the_fence_time_only() {
+    let cluster = Cluster::start_with(|config| {
+        config.node_lost_after = Duration::from_secs(1);
+        config.fence_after = Duration::from_secs(4);
+    })
+    .await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("orphan", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    let (credentials, fake) = blade.die().await;
+    cluster.delete("orphan").await;
+    cluster.wait_ready("b1", "Unknown").await;
+    assert!(
+        cluster.agents().get_opt("orphan").await.unwrap().is_some(),
+        "a lost blade alone releases nothing"
+    );
+    cluster.wait_gone("orphan").await;
+    let events = cluster.events("orphan").await;
+    assert!(events.contains(&"ReleasedUnconfirmed".to_owned()), "{events:?}");
+
+    // The blade was only away: what it still runs has no agent any more, and is ended.
+    let back = FakeBlade::resume(&cluster, "b1", capacity(8000, 8192), credentials, fake).await;
+    until("the orphan to be ended", async || {
+        matches!(back.fake.phase(&uid), None | Some(Phase::Ended)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_event_stream_is_opened_again_and_nothing_is_missed() {
+    let cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("heard", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    let (credentials, fake) = blade.die().await;
+    fake.running(&uid);
+    fake.ended(&uid, EndReason::Completed, Some(0), "");
+    let _back = FakeBlade::resume(&cluster, "b1", capacity(8000, 8192), credentials, fake).await;
+    cluster.wait_phase("heard", "Completed").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_that_ends_gives_the_lead_back_and_a_second_one_waits_for_it() {
+    let mut cluster = Cluster::start().await;
+    let epoch = cluster.epoch;
+    let mut second = cluster.config();
+    second.state_dir = cluster.dir.path().join("second");
+    second.listen = "127.0.0.1:0".parse().unwrap();
+    let shutdown = tokio_util::sync::CancellationToken::new();
+    let second = tokio::spawn(far_controller::start(second, shutdown.clone()));
+    let leases: kube::Api<k8s_openapi::api::coordination::v1::Lease> =
+        kube::Api::namespaced(cluster.client.clone(), "far-system");
+    let holder = leases
+        .get("far-controller")
+        .await
+        .unwrap()
+        .spec
+        .unwrap()
+        .holder_identity;
+    assert!(!second.is_finished() && holder.is_some());
+    cluster.stop_controller().await;
+    let second = tokio::time::timeout(support::PATIENCE, second)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert!(second.epoch > epoch);
+    shutdown.cancel();
+    second.wait().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_controllers_never_share_a_state_folder() {
+    let cluster = Cluster::start().await;
+    let error = far_controller::start(cluster.config(), Default::default())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("another far-controller uses"), "{error:#}");
+}
