@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Node, agent};
+use common::{Node, Victim, agent};
 use far_proto::node::{EndReason, Phase, StopAgentRequest};
 use std::time::Duration;
 
@@ -206,21 +206,50 @@ async fn a_killed_vmm_is_told_as_such() {
         return;
     };
     let Some(()) = node.load_payload().await else { return };
-    node.client()
-        .ensure_agent(agent("crash", "payload", None, &["out=ready", "sleep=600000"], 128))
-        .await
-        .unwrap();
-    node.until_output("crash", "ready\n").await;
-    let state = node.until("crash", |state| state.phase() == Phase::Running).await;
-    node.kill_vmm(&state.vm_id).await;
-    let state = node.until("crash", |state| state.phase() == Phase::Ended).await;
-    let end = state.end.unwrap();
-    assert_eq!(
-        (end.reason(), end.exit_code),
-        (EndReason::VmmCrashed, None),
-        "{end:?} {}",
-        node.report()
-    );
+    for victim in [Victim::Vmm, Victim::FarVmm, Victim::Vsock] {
+        let uid = format!("{victim:?}").to_lowercase();
+        let request = agent(&uid, "payload", None, &["out=ready", "sleep=600000"], 128);
+        node.client().ensure_agent(request).await.unwrap();
+        node.until_output(&uid, "ready\n").await;
+        let state = node.until(&uid, |state| state.phase() == Phase::Running).await;
+        node.kill_part(&state.vm_id, victim).await;
+        let state = node.until(&uid, |state| state.phase() == Phase::Ended).await;
+        let end = state.end.unwrap();
+        assert_eq!(
+            (end.reason(), end.exit_code),
+            (EndReason::VmmCrashed, None),
+            "{uid}: {end:?} {}",
+            node.report()
+        );
+        node.until_nothing_is_left(&state.vm_id).await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_dies_without_a_report_has_no_exit_code() {
+    let test = "a_guest_that_dies_without_a_report_has_no_exit_code";
+    let Some(mut node) = Node::start(test).await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    for (step, reason) in [("power-off", EndReason::InitLost), ("sysrq=c", EndReason::KernelPanic)] {
+        let uid = step.split('=').next().unwrap();
+        node.client()
+            .ensure_agent(agent(uid, "payload", None, &["out=ready", step], 128))
+            .await
+            .unwrap();
+        let end = node
+            .until(uid, |state| state.phase() == Phase::Ended)
+            .await
+            .end
+            .unwrap();
+        assert_eq!(
+            (end.reason(), end.exit_code, end.signal),
+            (reason, None, None),
+            "{step}: {end:?} {}",
+            node.report()
+        );
+    }
 }
 
 #[tokio::test]

@@ -19,6 +19,14 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// Output kept per attempt in these tests.
 pub(crate) const LOG_MAX_BYTES: u64 = 1 << 20;
 
+/// A process of one VM.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Victim {
+    Vmm,
+    FarVmm,
+    Vsock,
+}
+
 pub(crate) struct Node {
     dir: tempfile::TempDir,
     args: Vec<String>,
@@ -303,12 +311,17 @@ impl Node {
             .unwrap_or_else(|_| panic!("no {program} came\n{}", self.report()));
     }
 
-    /// Kills the VM's QEMU.
-    pub(crate) async fn kill_vmm(&self, vm_id: &str) {
+    /// Kills one of the VM's processes.
+    pub(crate) async fn kill_part(&self, vm_id: &str, victim: Victim) {
         let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
         let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();
-        let pid = status.vmm_pid.expect("the VMM runs").to_string();
-        assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+        let pid = match victim {
+            Victim::Vmm => status.vmm_pid.expect("the VMM runs"),
+            Victim::FarVmm => status.pid,
+            Victim::Vsock => status.vsock_pid.expect("the vsock daemon runs"),
+        };
+        let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+        assert!(killed.unwrap().success());
     }
 
     /// No file of this far-node has these bytes; the VM's own log is left out.
