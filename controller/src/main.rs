@@ -11,6 +11,9 @@ use far_controller::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// Pause before a controller that lost its lead starts anew.
+const START_ANEW_AFTER: Duration = Duration::from_secs(2);
+
 /// Kubernetes controller for FarAgents.
 #[derive(Debug, Parser)]
 #[command(name = "far-controller", version)]
@@ -124,5 +127,31 @@ async fn run(config: Config) -> Result<()> {
             asked.cancel();
         }
     });
-    far_controller::start(config, shutdown).await?.wait().await
+    lead_again_and_again(config, shutdown).await
+}
+
+/// Runs until told to end. A lead that is lost (the API was away for too long) is waited for again, on the same address,
+/// so that blades find this controller where it was. What fails before the first lead is an error of the setting.
+async fn lead_again_and_again(mut config: Config, shutdown: CancellationToken) -> Result<()> {
+    let mut running = far_controller::start(config.clone(), shutdown.clone()).await?;
+    config.listen = running.address;
+    loop {
+        let Err(error) = running.wait().await else {
+            return Ok(());
+        };
+        tracing::error!(error = %format!("{error:#}"), "the controller starts anew");
+        running = loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(START_ANEW_AFTER) => {}
+            }
+            match far_controller::start(config.clone(), shutdown.clone()).await {
+                Ok(running) => break running,
+                Err(_) if shutdown.is_cancelled() => return Ok(()),
+                Err(error) => {
+                    tracing::error!(error = %format!("{error:#}"), "the controller did not start: trying again")
+                }
+            }
+        };
+    }
 }

@@ -1,6 +1,8 @@
 //! The CustomResourceDefinitions as objects and as YAML.
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+};
 use kube::CustomResourceExt;
 
 use crate::{FarAgent, FarNode};
@@ -8,7 +10,33 @@ use crate::{FarAgent, FarNode};
 /// Every CRD of the group, in the order to install them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![FarAgent::crd(), FarNode::crd()]
+    let mut crds = vec![FarAgent::crd(), FarNode::crd()];
+    for version in crds.iter_mut().flat_map(|crd| &mut crd.spec.versions) {
+        if let Some(schema) = version
+            .schema
+            .as_mut()
+            .and_then(|schema| schema.open_api_v3_schema.as_mut())
+        {
+            quantities_are_never_null(schema);
+        }
+    }
+    crds
+}
+
+/// schemars calls a schema without a type nullable. A null quantity would then be kept where the default belongs, and no
+/// client could read the object.
+fn quantities_are_never_null(schema: &mut JSONSchemaProps) {
+    if schema.x_kubernetes_int_or_string == Some(true) {
+        schema.nullable = None;
+    }
+    schema
+        .properties
+        .iter_mut()
+        .flat_map(|all| all.values_mut())
+        .for_each(quantities_are_never_null);
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        quantities_are_never_null(items);
+    }
 }
 
 /// The same as YAML documents: (file name, text).

@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 // KubeSchema repeats each struct inside a function, where `pub` reaches nobody.
 #![allow(unreachable_pub)]
+// Print columns repeat `type_ = "string"`, as columns do.
+#![allow(clippy::duplicated_attributes)]
 
 pub mod agent;
 pub mod crds;

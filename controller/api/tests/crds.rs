@@ -113,6 +113,18 @@ fn defaults_are_the_promised_ones_and_nothing_else_has_a_default() {
 }
 
 #[test]
+fn a_quantity_is_never_null() {
+    let (_, agent) = schemas().remove(0);
+    for field in ["memory", "cpu"] {
+        assert_eq!(
+            agent["properties"]["spec"]["properties"][field]["nullable"],
+            Value::Null,
+            "spec.{field}"
+        );
+    }
+}
+
+#[test]
 fn names_columns_and_selectable_fields_are_those_of_the_contract() {
     let crd = serde_json::to_value(&crds()[0]).unwrap();
     assert_eq!(crd["spec"]["names"]["shortNames"], serde_json::json!(["fa"]));
