@@ -73,8 +73,63 @@ impl Run {
 pub struct Far {
     dir: TempDir,
     options: Options,
-    boot_kit: PathBuf,
+    tools: Tools,
     stopped: bool,
+}
+
+/// The files that this FAR runs from.
+#[derive(Debug)]
+struct Tools {
+    binaries: PathBuf,
+    vhost_vsock: PathBuf,
+    boot_kit: PathBuf,
+    payload: PathBuf,
+    guest: PathBuf,
+}
+
+impl Tools {
+    /// Where the build left them.
+    fn built(options: &Options) -> Result<Self, String> {
+        let kit = find::boot_kit()?;
+        Ok(Self {
+            binaries: find::binaries(),
+            vhost_vsock: vhost_vsock(),
+            guest: kit.join("tiffany-vm.oci.tar"),
+            boot_kit: options.boot_kit.clone().unwrap_or(kit),
+            payload: images::payload_archive()?,
+        })
+    }
+
+    /// Copies below `folder`, for a user who may not look into the builder's home.
+    fn copied_to(self, folder: &Path) -> Self {
+        let copy = |from: &Path, to: PathBuf| {
+            fs::create_dir_all(to.parent().expect("copies lie in a folder")).expect("the test's folder is writable");
+            fs::copy(from, &to).unwrap_or_else(|error| panic!("copying {}: {error}", from.display()));
+            to
+        };
+        let binaries = folder.join("bin");
+        for name in [
+            "far",
+            "kubectl-far",
+            "far-devapi",
+            "far-controller",
+            "far-node",
+            "far-vmm",
+        ] {
+            copy(&self.binaries.join(name), binaries.join(name));
+        }
+        let kit = folder.join("kit");
+        for name in ["vmlinux", "initramfs.cpio"] {
+            copy(&self.boot_kit.join(name), kit.join(name));
+        }
+        Self {
+            vhost_vsock: copy(&self.vhost_vsock, binaries.join("vhost-device-vsock")),
+            guest: copy(&self.guest, kit.join("tiffany-vm.oci.tar")),
+            payload: copy(&self.payload, kit.join("payload.oci.tar")),
+            boot_kit: kit,
+            binaries,
+        }
+    }
 }
 
 impl Far {
@@ -86,34 +141,34 @@ impl Far {
     /// # Panics
     /// When everything is there and it does not start.
     pub fn start(options: Options) -> Result<Self, String> {
-        let boot_kit = find::boot_kit()?;
-        let payload = images::payload_archive()?;
+        let tools = Tools::built(&options)?;
         // Short, because socket paths end at 107 bytes.
         let dir = tempfile::Builder::new()
             .prefix("fe")
             .tempdir_in("/tmp")
             .expect("/tmp is writable");
-        if let Some(user) = options.user {
+        let tools = if let Some(user) = options.user {
             std::os::unix::fs::chown(dir.path(), Some(user), Some(user))
                 .expect("chown needs root, and so does Options::user");
-        }
-        let boot_kit = options.boot_kit.clone().unwrap_or(boot_kit);
+            tools.copied_to(dir.path())
+        } else {
+            tools
+        };
         let far = Self {
             dir,
             options,
-            boot_kit,
+            tools,
             stopped: false,
         };
         let _ = far.far(&["up"]).ok();
-        let payload_text = payload.to_string_lossy().into_owned();
-        let _ = far.far(&["image", "load", &payload_text, "--as", images::PAYLOAD]).ok();
-        let guest = find::boot_kit()?
-            .join("tiffany-vm.oci.tar")
-            .to_string_lossy()
-            .into_owned();
-        let _ = far
-            .far(&["image", "load", &guest, "--as", "ghcr.io/microscaler/tiffany-vm:v0.3.1"])
-            .ok();
+        for (archive, reference) in [
+            (&far.tools.payload, images::PAYLOAD),
+            (&far.tools.guest, "ghcr.io/microscaler/tiffany-vm:v0.3.1"),
+        ] {
+            let _ = far
+                .far(&["image", "load", &archive.to_string_lossy(), "--as", reference])
+                .ok();
+        }
         Ok(far)
     }
 
@@ -126,13 +181,13 @@ impl Far {
     /// Runs `far` with these arguments.
     #[must_use]
     pub fn far(&self, args: &[&str]) -> Run {
-        self.run(self.command(&find::binary("far")).args(args), "")
+        self.run(self.command(&self.tools.binaries.join("far")).args(args), "")
     }
 
     /// Runs `far` with text on its standard input.
     #[must_use]
     pub fn far_with(&self, args: &[&str], input: &str) -> Run {
-        self.run(self.command(&find::binary("far")).args(args), input)
+        self.run(self.command(&self.tools.binaries.join("far")).args(args), input)
     }
 
     /// Runs the real kubectl against this FAR's API.
@@ -167,11 +222,11 @@ impl Far {
         command
             .env("FAR_STATE", at("state"))
             .env("FAR_RUN", at("run"))
-            .env("FAR_BOOT_KIT", &self.boot_kit)
+            .env("FAR_BOOT_KIT", &self.tools.boot_kit)
             .env("KUBECONFIG", at("state").join("kubeconfig"))
             .env("HOME", at("home"))
-            .env("FAR_VHOST_VSOCK", vhost_vsock())
-            .env("PATH", path_with(&find::binaries()))
+            .env("FAR_VHOST_DEVICE_VSOCK", &self.tools.vhost_vsock)
+            .env("PATH", path_with(&self.tools.binaries))
             .current_dir(self.dir.path())
             .stdin(Stdio::null());
         command.envs(self.options.env.iter().map(|(name, value)| (name, value)));
@@ -369,7 +424,7 @@ fn path_with(folder: &Path) -> String {
 }
 
 fn vhost_vsock() -> PathBuf {
-    std::env::var_os("FAR_VHOST_VSOCK")
+    std::env::var_os("FAR_VHOST_DEVICE_VSOCK")
         .map_or_else(|| find::cache().join("vhost/bin/vhost-device-vsock"), PathBuf::from)
 }
 
