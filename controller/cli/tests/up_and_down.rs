@@ -16,7 +16,8 @@ use std::{
 use common::{Machine, Ran, until};
 use serde_json::Value;
 
-/// Writes its arguments and its ready file, then stays. Files beside the script change what it does.
+/// Writes its arguments and its ready file, then stays. Files beside the script change what it does. Its ports are below
+/// the range from which the kernel gives out ports (32768 and up): nobody takes one by chance while it is restarted.
 const STAND_IN: &str = r#"#!/bin/sh
 name=${0##*/}
 echo "$name $*" >> "$0.calls"
@@ -26,7 +27,7 @@ while [ $# -gt 0 ]; do
 done
 if [ -f "$0.fails" ]; then echo "the disk is full"; exit 7; fi
 [ -f "$0.ignores-term" ] && trap '' TERM
-case $listen in *:0) listen=127.0.0.1:$(( 20000 + $$ % 20000 )) ;; esac
+case $listen in *:0) listen=127.0.0.1:$(( 10000 + $$ % 20000 )) ;; esac
 echo "$listen" > "$ready.new" && mv "$ready.new" "$ready"
 if [ -f "$0.ignores-term" ]; then while :; do sleep 1; done; fi
 exec sleep 1000
