@@ -16,6 +16,13 @@ pub const CONTROL_PORT: u32 = 5000;
 /// The one protocol generation that exists so far.
 pub const GENERATION: u32 = 1;
 
+/// Most channels (exec, put, get, forward) open at once on one connection.
+pub const MAX_CHANNELS: usize = 64;
+/// Credit of each direction of each stream of a channel when it opens, bytes; also the longest `Data.data`.
+pub const CHANNEL_WINDOW: usize = 32 << 10;
+/// Most credit that counts: what is given beyond is cut, bytes.
+pub const MAX_CREDIT: usize = 1 << 20;
+
 /// Why a control stream cannot be read any further.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {

@@ -285,6 +285,7 @@ mod tests {
             mode: 0o400,
             size: content.len() as u64,
             sha256: Sha256::digest(content).to_vec(),
+            ..FileEntry::default()
         }
     }
 

@@ -329,6 +329,7 @@ fn content_with_another_digest_is_never_started() {
         mode: 0o400,
         size: 0,
         sha256: vec![7; 32],
+        ..Default::default()
     }];
     let exit = guest.run();
     assert_eq!(exit.how, Some(How::Code(126)));

@@ -133,6 +133,7 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
             mode: file.mode,
             size: data.len() as u64,
             sha256: Sha256::digest(data).to_vec(),
+            ..FileEntry::default()
         });
         for (n, part) in (0_u64..).zip(data.chunks(MAX_CHUNK)) {
             let chunk = FileChunk {
@@ -164,6 +165,7 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
             // The namespace has no uplink: nothing lies behind the host's end.
             ..guest::Nic::default()
         }),
+        ..Config::default()
     };
     let mut messages = vec![HostMessage {
         kind: Some(Kind::Config(config)),

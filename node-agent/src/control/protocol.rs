@@ -135,6 +135,15 @@ impl Protocol {
             Some(Kind::Ready(ready)) => self.take_ready(ready),
             Some(Kind::Log(log)) => self.take_log(log),
             Some(Kind::Exit(exit)) => self.take_exit(exit),
+            // far-node opens no channel yet, so nothing can belong to one.
+            Some(
+                Kind::Opened(_)
+                | Kind::Data(_)
+                | Kind::TransferEntry(_)
+                | Kind::Credit(_)
+                | Kind::ChannelEnd(_)
+                | Kind::Done(_),
+            ) => violation("an answer to what was never asked"),
         }
     }
 

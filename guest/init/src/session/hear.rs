@@ -83,6 +83,8 @@ impl Session<'_> {
                 self.shut_down(shutdown.grace_s, now);
                 Ok(())
             }
+            // Not spoken by this version: dropped, as a kind of a later generation is.
+            _ => Ok(()),
         }
     }
 

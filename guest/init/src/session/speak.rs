@@ -91,6 +91,7 @@ impl Session<'_> {
             mem_available_kib,
             cpu_usage_us,
             processes,
+            ..Heartbeat::default()
         }
     }
 }

@@ -57,6 +57,8 @@ pub enum Event {
     Log,
     Heartbeat,
     Exit(Exit),
+    /// A message of a channel, or the answer to a request.
+    Other(FromGuest),
 }
 
 impl Blade {
@@ -130,6 +132,7 @@ impl Blade {
                 mode: *mode,
                 size: data.len() as u64,
                 sha256: Sha256::digest(data).to_vec(),
+                ..FileEntry::default()
             }));
         connection.send(ToGuest::Config(config))?;
         for (file, (_, _, data)) in self.files.iter().enumerate() {
@@ -179,6 +182,7 @@ impl Blade {
                 Some(Event::Log)
             }
             Some(FromGuest::Exit(exit)) => Some(Event::Exit(exit)),
+            Some(other) => Some(Event::Other(other)),
         })
     }
 
