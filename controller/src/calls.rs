@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use far_core::status::Report;
 use far_proto::node::{
-    AgentSpec, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, StopAgentRequest, node_client::NodeClient,
+    AgentSpec, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, ListAgentsRequest, StopAgentRequest,
+    node_client::NodeClient,
 };
 use tonic::{Code, Status, transport::Channel};
 
@@ -84,6 +85,17 @@ impl Blade {
             .await
             .map_err(|status| common(&status))?;
         Ok(convert::report(state).map(|(_, report)| report))
+    }
+
+    /// What the blade says of one attempt, asked directly.
+    pub(crate) async fn find(&mut self, uid: &str, attempt: u32) -> Result<Option<Report>, CallError> {
+        let list = within(self.client.list_agents(ListAgentsRequest {}))
+            .await
+            .map_err(|status| common(&status))?;
+        let mut all = list.agents.into_iter().filter_map(convert::report);
+        Ok(all
+            .find(|(identity, _)| identity.uid == uid && identity.attempt == attempt)
+            .map(|(_, report)| report))
     }
 
     pub(crate) async fn forget(&mut self, identity: Identity) -> Result<(), CallError> {

@@ -264,7 +264,8 @@ fn end(end: wire::End) -> End {
 /// At most `most` bytes, at a character's border.
 pub(crate) fn cut(mut text: String, most: usize) -> String {
     if text.len() > most {
-        text.truncate(text.floor_char_boundary(most));
+        let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.truncate(end);
     }
     text
 }

@@ -8,7 +8,7 @@
 
 use std::{
     fs::File,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -34,6 +34,7 @@ const LEASE: &str = "far-controller";
 #[derive(Debug)]
 pub(crate) struct Holder {
     pub(crate) identity: String,
+    epoch_file: PathBuf,
     _lock: File,
 }
 
@@ -56,7 +57,27 @@ impl Holder {
                 identity
             }
         };
-        Ok(Self { identity, _lock: lock })
+        Ok(Self {
+            identity,
+            epoch_file: state_dir.join("epoch"),
+            _lock: lock,
+        })
+    }
+}
+
+impl Holder {
+    /// The newest epoch this folder's controllers had. Blades remember epochs; an API that lost its Lease does not.
+    pub(crate) fn epoch(&self) -> i32 {
+        std::fs::read_to_string(&self.epoch_file)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// Keeps the epoch of a lead.
+    pub(crate) fn keep_epoch(&self, epoch: u64) -> Result<()> {
+        files::write_private(&self.epoch_file, epoch.to_string().as_bytes())
+            .with_context(|| format!("writing {}", self.epoch_file.display()))
     }
 }
 
@@ -73,14 +94,17 @@ pub(crate) struct Elector {
     pub(crate) api: Api<Lease>,
     pub(crate) identity: String,
     pub(crate) duration: Duration,
+    /// Epochs up to this one were used.
+    pub(crate) used_epoch: i32,
 }
 
 impl Elector {
-    pub(crate) fn new(client: Client, identity: &str, duration: Duration) -> Self {
+    pub(crate) fn new(client: Client, holder: &Holder, duration: Duration) -> Self {
         Self {
             api: Api::namespaced(client, SYSTEM_NAMESPACE),
-            identity: identity.to_owned(),
+            identity: holder.identity.clone(),
             duration,
+            used_epoch: holder.epoch(),
         }
     }
 
@@ -147,7 +171,7 @@ impl Elector {
             renew_time: Some(now),
             holder_identity: Some(self.identity.clone()),
             lease_duration_seconds: Some(i32::try_from(self.duration.as_secs()).unwrap_or(15).max(1)),
-            lease_transitions: Some(transitions.saturating_add(1)),
+            lease_transitions: Some(transitions.max(self.used_epoch).saturating_add(1)),
             ..LeaseSpec::default()
         }
     }

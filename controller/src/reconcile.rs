@@ -158,7 +158,7 @@ impl Pass<'_> {
                 Some(report) => self.tell(&status, report).await,
                 None => Ok(Next::Rest(Action::requeue(RECHECK))),
             },
-            Decision::DeclareForgotten => self.learn(&status, &Fact::Forgotten).await,
+            Decision::DeclareForgotten => self.declare_forgotten(&status).await,
             Decision::DeclareLost => {
                 let blade = status.node.clone().unwrap_or_default();
                 let message = format!("blade {blade} is not heard of; the agent may still run there");
@@ -316,6 +316,12 @@ impl Pass<'_> {
             return;
         }
         let events = &self.context.events;
+        // A short life may be told in one write; that it started is still worth an event.
+        if next.is_final() && before != Phase::Running && before != Phase::Unknown && next.started_at.is_some() {
+            events
+                .say(&self.agent, EventType::Normal, "Started", "the program runs")
+                .await;
+        }
         let why = format!(
             "{}: {}",
             next.reason.as_deref().unwrap_or_default(),
@@ -344,6 +350,24 @@ impl Pass<'_> {
             reason = next.reason,
             "the agent moved on"
         );
+    }
+
+    /// Final, so the blade is asked once more: an event may be on its way while a stream is opened again.
+    async fn declare_forgotten(&mut self, status: &Status) -> Result<Next, ReconcileError> {
+        let blade = status.node.clone().unwrap_or_default();
+        let Some(channel) = self.context.world.channel(&blade) else {
+            return Ok(Next::Rest(Action::requeue(WAITING)));
+        };
+        let known = Blade::new(channel, self.context.epoch)
+            .find(&self.uid, status.attempt)
+            .await;
+        match known.map_err(|source| self.blade_error("looking for the attempt", &blade, source))? {
+            Some(report) => {
+                self.context.world.told(&blade, &self.uid, report);
+                Ok(Next::Again)
+            }
+            None => self.learn(status, &Fact::Forgotten).await,
+        }
     }
 
     async fn stop(&mut self, status: &Status) -> Result<Next, ReconcileError> {

@@ -72,11 +72,12 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     if config.install_crds {
         install::crds(&client).await?;
     }
-    let elector = Elector::new(client.clone(), &holder.identity, config.lease_duration);
+    let elector = Elector::new(client.clone(), &holder, config.lease_duration);
     let lead = tokio::select! {
         lead = elector.lead() => lead,
         () = shutdown.cancelled() => bail!("told to end before this controller led"),
     };
+    holder.keep_epoch(lead.epoch)?;
     tracing::info!(epoch = lead.epoch, "this controller leads");
     let elector = {
         let (lead, shutdown) = (lead.clone(), shutdown.clone());

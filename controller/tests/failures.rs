@@ -173,6 +173,20 @@ async fn a_controller_that_ends_gives_the_lead_back_and_a_second_one_waits_for_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_is_never_used_again_even_when_the_api_lost_the_lease() {
+    let mut cluster = Cluster::start().await;
+    cluster.kill_controller().await;
+    cluster.start_controller(|_| {}).await;
+    let epoch = cluster.epoch;
+    cluster.kill_controller().await;
+    let leases: kube::Api<k8s_openapi::api::coordination::v1::Lease> =
+        kube::Api::namespaced(cluster.client.clone(), "far-system");
+    leases.delete("far-controller", &Default::default()).await.unwrap();
+    cluster.start_controller(|_| {}).await;
+    assert!(cluster.epoch > epoch, "{} after {epoch}", cluster.epoch);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_controllers_never_share_a_state_folder() {
     let cluster = Cluster::start().await;
     let error = far_controller::start(cluster.config(), Default::default())

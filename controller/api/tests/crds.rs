@@ -49,7 +49,7 @@ fn schemas() -> Vec<(String, Value)> {
     crds()
         .into_iter()
         .map(|crd| {
-            let version = serde_json::to_value(&crd.spec.versions[0]).unwrap();
+            let version = serde_json::to_value(&crd.spec.versions[0]).expect("a version is plain data");
             (crd.spec.names.kind, version["schema"]["openAPIV3Schema"].clone())
         })
         .collect()

@@ -5,7 +5,7 @@ use kube_cel::Validator;
 use serde_json::{Value, json};
 
 fn check(spec: &Value, old: Option<&Value>) -> Vec<String> {
-    let crd = serde_json::to_value(&crds()[0]).unwrap();
+    let crd = serde_json::to_value(&crds()[0]).expect("a CRD is plain data");
     let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
     let object = |spec: &Value| json!({"apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "metadata": {"name": "a"}, "spec": spec});
     let old = old.map(object);

@@ -156,7 +156,7 @@ enum Any {
     Refused,
     Waiting,
     Lost,
-    Seen(Report),
+    Seen(Box<Report>),
 }
 
 fn any_fact() -> impl Strategy<Value = Any> {
@@ -166,7 +166,7 @@ fn any_fact() -> impl Strategy<Value = Any> {
         1 => Just(Any::Refused),
         1 => Just(Any::Waiting),
         1 => Just(Any::Lost),
-        6 => any_report().prop_map(Any::Seen),
+        6 => any_report().prop_map(|report| Any::Seen(Box::new(report))),
     ]
 }
 
