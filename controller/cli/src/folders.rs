@@ -216,9 +216,9 @@ mod tests {
             ("root without home", &[], 0, "/var/lib/far", "/tmp/far-0"),
             (
                 "root with home",
-                &[("HOME", "/root")],
+                &[("HOME", "/h")],
                 0,
-                "/root/.local/state/far",
+                "/h/.local/state/far",
                 "/tmp/far-0",
             ),
         ];
