@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod agent_spec;
+mod backoff;
 mod blades;
 mod ca;
 mod calls;

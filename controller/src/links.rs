@@ -17,10 +17,8 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::{ca, calls, convert, world::World};
+use crate::{backoff::Backoff, ca, calls, convert, world::World};
 
-/// First and longest wait after a failure.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// A silent blade is asked whether it lives after this long, and has this long to answer.
 const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(10));
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -56,7 +54,7 @@ impl Links {
             }
         };
         self.world.set_channel(&blade, channel.clone());
-        let mut failures = 0;
+        let mut backoff = Backoff::default();
         loop {
             let mut was_synced = false;
             let ended = tokio::select! {
@@ -74,7 +72,9 @@ impl Links {
                 self.deposed.cancel();
                 return;
             }
-            failures = if was_synced { 0 } else { failures + 1 };
+            if was_synced {
+                backoff.succeeded();
+            }
             tracing::info!(
                 blade,
                 error = ended.message(),
@@ -82,7 +82,7 @@ impl Links {
             );
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(backoff(failures)) => {}
+                () = tokio::time::sleep(backoff.after_failure()) => {}
             }
         }
     }
@@ -173,11 +173,4 @@ impl Links {
             }
         }
     }
-}
-
-/// Doubling waits with jitter, so that many links do not come back at once.
-fn backoff(failures: u32) -> Duration {
-    let (first, longest) = BACKOFF;
-    let wait = first.saturating_mul(1 << failures.min(16)).min(longest);
-    wait.mul_f64(rand::random_range(0.5..1.0))
 }

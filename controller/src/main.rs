@@ -104,7 +104,7 @@ fn crds(out_dir: Option<PathBuf>) -> Result<()> {
 #[tokio::main]
 async fn run(config: Config) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FAR_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_runtime=warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_runtime=warn,kube_client=off"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -17,7 +17,7 @@ use kube::{
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::{links::Links, registry::Registry, world::World};
+use crate::{backoff::Backoff, links::Links, registry::Registry, world::World};
 
 pub(crate) struct Nodes {
     pub(crate) client: Client,
@@ -31,7 +31,7 @@ pub(crate) struct Nodes {
 impl Nodes {
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let stream = kube::runtime::watcher(Api::<FarNode>::all(self.client.clone()), watcher::Config::default())
-            .default_backoff();
+            .backoff(Backoff::default());
         pin_mut!(stream);
         let mut open: HashMap<String, (String, CancellationToken)> = HashMap::new();
         let mut tasks = JoinSet::new();

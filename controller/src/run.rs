@@ -23,6 +23,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::{
     Config,
+    backoff::Backoff,
     blades::BladeApi,
     ca::Ca,
     events::Events,
@@ -295,7 +296,7 @@ async fn agents(
     let index = world.clone();
     let mut listed = HashSet::new();
     let watch = watcher::watcher(Api::<FarAgent>::all(client), watcher::Config::default())
-        .default_backoff()
+        .backoff(Backoff::default())
         .modify(|agent| {
             // Neither is read here, and together they are most of an object's memory.
             agent.metadata.managed_fields = None;
@@ -318,7 +319,9 @@ async fn agents(
             Ok(Event::Delete(agent)) => index.forget(&agent.uid().unwrap_or_default()),
             Err(error) => tracing::warn!(%error, "watching agents failed: trying again"),
         })
-        .applied_objects();
+        .applied_objects()
+        // Told and waited for already. The Controller would wait a second time, and hold back every other trigger.
+        .filter(|event| std::future::ready(event.is_ok()));
     Controller::for_stream(watch, reader)
         .reconcile_on(world.dirty.clone().stream())
         .with_config(controller::Config::default().concurrency(concurrency))
