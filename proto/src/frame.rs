@@ -86,6 +86,8 @@ impl Decoder {
     ///
     /// # Errors
     /// [`FrameError`]; the stream is unusable afterwards, because the next frame's start is not known.
+    // Not an iterator: the message's type is the caller's choice, and an error ends the stream.
+    #[allow(clippy::should_implement_trait)]
     pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
         let rest = &self.buffer[self.start..];
         let Some(header) = rest.first_chunk::<HEADER>() else {
