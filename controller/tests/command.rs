@@ -1,4 +1,5 @@
 //! The program itself: its commands, its files, its signals.
+#![allow(clippy::unwrap_used)] // A panic in a test's helper is the report.
 
 mod support;
 
