@@ -10,10 +10,27 @@
 #![deny(unsafe_code)]
 
 mod capability;
+mod elements;
+mod links;
+mod netlink;
 mod netns;
+mod network;
+mod nft;
+mod policy;
+mod pool;
 mod slot;
 mod sys;
+mod table;
 
 pub use capability::{NoNic, capability};
+pub use netlink::Refused;
 pub use netns::{GuestNetns, NetError};
-pub use slot::{MAX_SLOTS, Slot, TapName, TapNameError};
+pub use network::{Count, Counters, Network, NetworkError, Options, Proven, Reclaimed, Step};
+pub use policy::{
+    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RULES, MAX_SERVICES, Mode, Policy, PolicyError,
+    Protocol, Rule, Service, is_never, is_private,
+};
+pub use pool::{Lease, Pool};
+pub use slot::{
+    GATEWAY, GATEWAY6, GUEST, GUEST_PREFIX, Guest, MAX_SLOTS, Place, Slot, TapName, TapNameError, Wiring,
+};

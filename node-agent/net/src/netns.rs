@@ -80,6 +80,11 @@ impl GuestNetns {
             // A new namespace inherits this from the machine, where a container engine may have set it; with it, guests
             // would reach each other.
             fs::write(IP_FORWARD, "0")?;
+            // Inherited as well. ARP requests carry the address that guests use themselves, to which there is no route: the
+            // kernel's check of return paths would drop them. Guests' sources are checked by the tables.
+            for interfaces in ["all", "default"] {
+                fs::write(format!("/proc/sys/net/ipv4/conf/{interfaces}/rp_filter"), "0")?;
+            }
             Ok(file)
         });
         let file = made.map_err(|source| NetError::Namespace {
@@ -130,6 +135,46 @@ impl GuestNetns {
         })
     }
 
+    /// Makes the slots' taps without addresses, down and kept. Those that are there stay as they are.
+    pub(crate) fn create_taps_down(&self, slots: &[Slot]) -> Result<(), NetError> {
+        self.inside(|| {
+            slots.iter().try_for_each(|slot| {
+                let tap = slot.tap();
+                let at = |step| {
+                    let tap = tap.clone();
+                    move |source: io::Error| NetError::Create { tap, step, source }
+                };
+                let made = match sys::attach_tap(&tap) {
+                    // A VMM holds it, so it is there.
+                    Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+                    made => made.map_err(at("making it"))?,
+                };
+                sys::keep_tap(&made, true).map_err(at("keeping it"))
+            })
+        })
+    }
+
+    /// The namespace that a process is in: a VMM's that outlived the far-node that started it.
+    ///
+    /// # Errors
+    /// The process is gone, or is not ours to look at.
+    pub fn of_process(pid: u32) -> Result<Self, NetError> {
+        capability()?;
+        let file = File::open(format!("/proc/{pid}/ns/net")).map_err(|source| NetError::Namespace {
+            operation: "finding",
+            source,
+        })?;
+        Ok(Self { file })
+    }
+
+    /// Runs `act` in the namespace.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn run_inside<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T, NetError> {
+        self.inside(|| Ok(act()))
+    }
+
     fn inside<T: Send>(&self, act: impl FnOnce() -> Result<T, NetError> + Send) -> Result<T, NetError> {
         in_helper_thread(|| {
             setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|error| NetError::Namespace {
@@ -139,6 +184,20 @@ impl GuestNetns {
             act()
         })
     }
+}
+
+/// Lets packets pass between interfaces of the calling thread's namespace. Return paths are not checked by the kernel:
+/// guests' sources are checked by address, MAC and tap before, and have no route of their own.
+pub(crate) fn enable_forwarding(has_ipv6: bool) -> Result<(), NetError> {
+    let ipv6 = ["/proc/sys/net/ipv6/conf/all/forwarding"];
+    let ipv4 = [IP_FORWARD];
+    for path in ipv4.iter().chain(ipv6.iter().filter(|_| has_ipv6)) {
+        fs::write(path, "1").map_err(|source| NetError::Namespace {
+            operation: "letting packets pass in",
+            source,
+        })?;
+    }
+    Ok(())
 }
 
 /// Runs `act` in a thread of its own, which ends afterwards: a thread that has changed its namespace serves nobody else.
