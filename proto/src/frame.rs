@@ -58,6 +58,12 @@ pub fn encode<M: Message>(message: &M, out: &mut Vec<u8>) {
     message.encode(out).expect("a Vec grows as needed");
 }
 
+/// Length of a message on the wire, bytes: what a `TransferEntry` costs in credit.
+#[must_use]
+pub fn length_of<M: Message>(message: &M) -> usize {
+    message.encoded_len()
+}
+
 /// Splits a byte stream into frames.
 #[derive(Debug, Default)]
 pub struct Decoder {

@@ -3,6 +3,7 @@
 //! PID 1 stays outside: a payload that takes everything is killed as a whole, and PID 1 lives to report it.
 
 use crate::{boot::BootReport, place::Place};
+use far_proto::guest::Pressure;
 use std::{fs, io, path::PathBuf};
 
 /// Where `mounts` put the hierarchy, and the payload's group in it.
@@ -69,6 +70,31 @@ impl Cgroup {
         (value_of(&self.read("cpu.stat"), "usage_usec"), processes)
     }
 
+    /// Stops or releases every process of the group.
+    pub(crate) fn set_frozen(&self, frozen: bool) -> io::Result<()> {
+        fs::write(self.folder.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    }
+
+    /// Whether all of them stand still.
+    pub(crate) fn is_frozen(&self) -> bool {
+        value_of(&self.read("cgroup.events"), "frozen") == 1
+    }
+
+    /// The file that becomes readable by POLLPRI when [`Self::is_frozen`] changes.
+    pub(crate) fn events(&self) -> io::Result<fs::File> {
+        fs::File::open(self.folder.join("cgroup.events"))
+    }
+
+    /// Memory in use, KiB; 0 when unknown.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        self.read("memory.current").trim().parse().unwrap_or(0) / 1024
+    }
+
+    /// How long tasks waited for `resource` (cpu, memory or io); `None`: the kernel does not say.
+    pub(crate) fn pressure(&self, resource: &str) -> Option<Pressure> {
+        pressure_of(&self.read(&[resource, ".pressure"].concat()))
+    }
+
     fn read(&self, file: &str) -> String {
         fs::read_to_string(self.folder.join(file)).unwrap_or_default()
     }
@@ -90,6 +116,28 @@ fn value_of(table: &str, key: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// The two lines of a pressure file (Documentation/accounting/psi.rst).
+fn pressure_of(table: &str) -> Option<Pressure> {
+    let line = |name: &str| {
+        let rest = table.lines().find_map(|line| line.strip_prefix(name))?;
+        let field = |key: &str| {
+            rest.split(' ')
+                .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+        };
+        // "1.25" is 125 hundredths: the kernel always writes two digits.
+        let avg10 = field("avg10")?.replace('.', "").parse::<u32>().ok()?;
+        Some((avg10.min(10_000), field("total")?.parse::<u64>().ok()?))
+    };
+    let (some_avg10, some_total_us) = line("some")?;
+    let (full_avg10, full_total_us) = line("full").unwrap_or_default();
+    Some(Pressure {
+        some_avg10,
+        full_avg10,
+        some_total_us,
+        full_total_us,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,5 +153,15 @@ mod tests {
         assert_eq!(value_of("", "oom_kill"), 0);
         assert_eq!(value_of("oom_kill many", "oom_kill"), 0);
         assert!(memory_kib().0 > 0);
+        let psi = "some avg10=1.25 avg60=0.00 avg300=0.00 total=77\nfull avg10=100.00 avg60=0.00 avg300=0.00 total=5\n";
+        let expected = Pressure {
+            some_avg10: 125,
+            full_avg10: 10_000,
+            some_total_us: 77,
+            full_total_us: 5,
+        };
+        assert_eq!(pressure_of(psi), Some(expected));
+        assert_eq!(pressure_of(""), None);
+        assert_eq!(pressure_of("some avg10=many total=1"), None);
     }
 }

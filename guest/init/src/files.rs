@@ -129,7 +129,7 @@ pub(crate) fn check(entries: Vec<FileEntry>) -> Result<Vec<FileSpec>, FilesError
 }
 
 /// The rule that `path` breaks, if any.
-fn broken_path_rule(path: &str) -> Option<&'static str> {
+pub(crate) fn broken_path_rule(path: &str) -> Option<&'static str> {
     let Some(rest) = path.strip_prefix('/') else {
         return Some("is not absolute");
     };

@@ -4,17 +4,23 @@
 //! claim the place -> mounts -> modules -> root file system -> session (connect, config, payload, exit, ack) -> reboot
 //! ```
 //!
+//! `main` is C's, not Rust's: the runtime's start asks for the stack's bounds, which links scanf, locales and dlopen of
+//! the static libc (200 KB) and costs a dozen system calls, all for a message about stack overflow that PID 1 cannot use.
+//!
 //! Single-threaded: one `poll` serves the control stream, the payload's pipes and the death of children. Nothing outside
 //! may panic it, because the kernel panics when PID 1 ends; see [`power`] for the last word.
 
-// `sys` alone may use it.
+// `sys` alone may use it; it also holds the C entry point.
 #![deny(unsafe_code)]
+#![cfg_attr(not(test), no_main)]
 
 mod boot;
 mod cgroup;
+mod channels;
 mod control;
 mod files;
 mod logs;
+mod machine;
 mod modules;
 mod mounts;
 mod network;
@@ -25,19 +31,21 @@ mod power;
 mod reap;
 mod rootfs;
 mod session;
+mod spawn;
 mod sys;
 mod users;
 
 use boot::BootReport;
 use place::Place;
-use std::process::ExitCode;
 
-fn main() -> ExitCode {
+/// The exit code; in a guest the VM ends before.
+fn start() -> u8 {
+    sys::stand_on_own_feet();
     let place = match Place::claim(std::env::args_os().skip(1)) {
         Ok(place) => place,
         Err(refusal) => {
             eprintln!("far-init: {refusal}");
-            return ExitCode::from(2);
+            return 2;
         }
     };
     power::install_last_word(place.is_guest());

@@ -101,7 +101,7 @@ const PAYLOAD: &[Mount] = &[
         target: "/dev/pts",
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         options: "mode=0620,ptmxmode=0666",
-        need: Need::WishInGuest,
+        need: Need::Wish,
     },
     Mount {
         kind: "tmpfs",

@@ -1,5 +1,4 @@
-//! The payload's process: everything is prepared in PID 1, then a child walks a fixed list of steps and execs. Which step
-//! failed comes back through a close-on-exec pipe.
+//! The payload's process: what is checked and prepared before the fork, and how a failure reads.
 
 use crate::{
     cgroup::Cgroup,
@@ -7,33 +6,16 @@ use crate::{
     place::Place,
     plan::Plan,
     rootfs::{Root, RootError, Symlinks, kind_of},
-    sys,
+    spawn::{Child, Step, World, errno_of, read_report},
     users::{self, User, UserError},
 };
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    sys::{
-        resource::{Resource, setrlimit},
-        stat::{Mode, SFlag},
-    },
+    sys::stat::{Mode, SFlag},
     unistd::{self, Gid, Pid, Uid},
 };
-use std::{
-    ffi::OsStr,
-    fs::File,
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
-    path::Path,
-};
-
-/// Open files of the payload, soft and hard: what systemd gives its services. The kernel's own hard limit is 4096.
-const OPEN_FILES: (u64, u64) = (1024, 524_288);
+use std::{ffi::OsStr, fs::File, os::unix::ffi::OsStrExt, path::Path};
 
 /// Codes of a shell for what could not be started.
 pub(crate) const NOT_FOUND: u32 = 127;
@@ -74,41 +56,6 @@ impl StartError {
     }
 }
 
-/// What the child does, in this order; the number travels through the pipe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum Step {
-    Session,
-    Cgroup,
-    OomScore,
-    Streams,
-    MountNamespace,
-    EnterRoot,
-    Groups,
-    Group,
-    User,
-    WorkingDir,
-    Signals,
-    Exec,
-}
-
-impl Step {
-    const ALL: [(Self, &'static str); 12] = [
-        (Self::Session, "starting a session"),
-        (Self::Cgroup, "entering the cgroup"),
-        (Self::OomScore, "resetting oom_score_adj"),
-        (Self::Streams, "connecting the standard streams"),
-        (Self::MountNamespace, "making a mount namespace"),
-        (Self::EnterRoot, "entering the root file system"),
-        (Self::Groups, "setting supplementary groups"),
-        (Self::Group, "setting the group"),
-        (Self::User, "setting the user"),
-        (Self::WorkingDir, "entering the working directory"),
-        (Self::Signals, "resetting signals"),
-        (Self::Exec, "exec"),
-    ];
-}
-
 /// A running payload.
 #[derive(Debug)]
 pub(crate) struct Started {
@@ -140,7 +87,6 @@ pub(crate) fn start(
     let prepared = |step: &'static str| move |errno: Errno| StartError::Step { step, errno };
     let (stdout, stdout_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(prepared("making a pipe"))?;
     let (stderr, stderr_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(prepared("making a pipe"))?;
-    let (report, report_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(prepared("making a pipe"))?;
     for pipe in [&stdout, &stderr] {
         fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(prepared("setting up a pipe"))?;
     }
@@ -158,21 +104,25 @@ pub(crate) fn start(
         errno: errno_of(&error),
     })?;
     let child = Child {
-        place,
-        plan,
-        root,
+        reset_oom_score: place.is_guest(),
+        world: World::New(root),
         user,
+        limits: &plan.limits,
+        allow_new_privileges: plan.allow_new_privileges,
         door,
-        null,
+        stdin: null.into(),
         stdout: stdout_child,
         stderr: stderr_child,
+        terminal: false,
+        working_dir: &plan.working_dir,
+        programs: std::slice::from_ref(&plan.entrypoint),
+        argv: &plan.argv,
+        env: &plan.env(&user.home),
     };
-    let pid = sys::fork_into(|| child.run(report_child.as_fd())).map_err(|error| StartError::Step {
+    let (pid, report) = child.spawn().map_err(|error| StartError::Step {
         step: "fork",
         errno: errno_of(&error),
     })?;
-    drop(report_child);
-    drop(child);
     match read_report(report) {
         None => Ok(Started {
             pid,
@@ -232,113 +182,13 @@ fn explain(plan: &Plan, step: Step, errno: Errno) -> StartError {
             path: text(plan.working_dir.as_bytes()),
             errno,
         },
-        (step, errno) => {
-            let step = Step::ALL.iter().find(|(s, _)| *s == step).map_or("", |(_, name)| name);
-            StartError::Step { step, errno }
-        }
+        (step, errno) => StartError::Step {
+            step: step.name(),
+            errno,
+        },
     }
 }
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn errno_of(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-/// One byte of step and four of errno, or nothing when exec closed the pipe.
-fn read_report(pipe: OwnedFd) -> Option<(Step, Errno)> {
-    let mut bytes = [0; 5];
-    File::from(pipe).read_exact(&mut bytes).ok()?;
-    let [step, errno @ ..] = bytes;
-    let (step, _) = Step::ALL.into_iter().find(|(s, _)| *s as u8 == step)?;
-    Some((step, Errno::from_raw(i32::from_ne_bytes(errno))))
-}
-
-/// What the child needs, opened before the fork.
-struct Child<'a> {
-    place: &'a Place,
-    plan: &'a Plan,
-    root: &'a Root,
-    user: &'a User,
-    door: Option<File>,
-    null: File,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-}
-
-impl Child<'_> {
-    /// Ends in exec; the exit code is only seen when exec failed, and the report says why.
-    fn run(&self, report: impl AsFd) -> i32 {
-        let (step, errno) = match self.steps() {
-            Err(failure) => failure,
-            Ok(never) => match never {},
-        };
-        let mut bytes = vec![step as u8];
-        bytes.extend_from_slice(&(errno as i32).to_ne_bytes());
-        // Five bytes into an empty pipe never block; a parent that is gone needs no report.
-        let _ = unistd::write(report, &bytes);
-        127
-    }
-
-    fn steps(&self) -> Result<std::convert::Infallible, (Step, Errno)> {
-        let at = |step| move |errno: Errno| (step, errno);
-        let io_at = |step| move |error: io::Error| (step, errno_of(&error));
-        unistd::setsid().map_err(at(Step::Session))?;
-        if let Some(mut door) = self.door.as_ref() {
-            door.write_all(b"0").map_err(io_at(Step::Cgroup))?;
-        }
-        if self.place.is_guest() {
-            // PID 1's own exemption is inherited by fork.
-            std::fs::write("/proc/self/oom_score_adj", "0").map_err(io_at(Step::OomScore))?;
-        }
-        unistd::dup2_stdin(&self.null).map_err(at(Step::Streams))?;
-        unistd::dup2_stdout(&self.stdout).map_err(at(Step::Streams))?;
-        unistd::dup2_stderr(&self.stderr).map_err(at(Step::Streams))?;
-        // The kernel's default works too, only for fewer files.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1);
-        // An own mount namespace with the image moved over its root: no way back by chroot tricks, and whatever the
-        // payload mounts is not PID 1's.
-        unshare(CloneFlags::CLONE_NEWNS).map_err(at(Step::MountNamespace))?;
-        unistd::chdir(self.root.path()).map_err(at(Step::EnterRoot))?;
-        mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(at(Step::EnterRoot))?;
-        unistd::chroot(".").map_err(at(Step::EnterRoot))?;
-        unistd::chdir("/").map_err(at(Step::EnterRoot))?;
-        let groups: Vec<Gid> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
-        unistd::setgroups(&groups).map_err(at(Step::Groups))?;
-        let (uid, gid) = (Uid::from_raw(self.user.uid), Gid::from_raw(self.user.gid));
-        unistd::setresgid(gid, gid, gid).map_err(at(Step::Group))?;
-        unistd::setresuid(uid, uid, uid).map_err(at(Step::User))?;
-        unistd::chdir(self.plan.working_dir.as_c_str()).map_err(at(Step::WorkingDir))?;
-        sys::reset_signals().map_err(io_at(Step::Signals))?;
-        unistd::execve(&self.plan.entrypoint, &self.plan.argv, &self.plan.env(&self.user.home)).map_err(at(Step::Exec))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_step_has_a_name_and_its_own_number() {
-        for (index, (step, name)) in Step::ALL.iter().enumerate() {
-            assert_eq!(*step as usize, index);
-            assert!(!name.is_empty());
-        }
-    }
-
-    #[test]
-    fn reports_are_read_and_an_empty_pipe_is_success() {
-        let report = |bytes: &[u8]| {
-            let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-            unistd::write(&write, bytes).unwrap();
-            drop(write);
-            read_report(read)
-        };
-        assert_eq!(report(b""), None);
-        let mut bytes = vec![Step::Exec as u8];
-        bytes.extend_from_slice(&libc::ENOENT.to_ne_bytes());
-        assert_eq!(report(&bytes), Some((Step::Exec, Errno::ENOENT)));
-    }
 }

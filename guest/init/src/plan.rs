@@ -3,7 +3,8 @@
 //! Errors name the field of the FarAgent that the user wrote, because they end up in its status.
 
 use crate::files::{self, FileSpec};
-use far_proto::guest::{Config, EnvVar, Nic};
+use far_proto::guest::{Config, EnvVar, HostAlias, Nic, Rlimit};
+use nix::sys::resource::Resource;
 use std::{ffi::CString, net::IpAddr};
 
 /// Arguments and environment together, bytes.
@@ -29,7 +30,36 @@ pub(crate) struct Plan {
     pub(crate) wall_time_unix_ns: u64,
     pub(crate) entropy: Vec<u8>,
     pub(crate) link: Option<Link>,
+    pub(crate) limits: Vec<Limit>,
+    pub(crate) allow_new_privileges: bool,
+    /// Lines of /etc/hosts beside the usual ones, ready to be written.
+    pub(crate) more_hosts: String,
 }
+
+/// One resource limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit {
+    pub(crate) resource: Resource,
+    pub(crate) soft: u64,
+    pub(crate) hard: u64,
+}
+
+/// The kinds of limits by their names in the contract.
+const LIMITS: [(&str, Resource); 11] = [
+    ("core", Resource::RLIMIT_CORE),
+    ("cpu", Resource::RLIMIT_CPU),
+    ("data", Resource::RLIMIT_DATA),
+    ("fsize", Resource::RLIMIT_FSIZE),
+    ("memlock", Resource::RLIMIT_MEMLOCK),
+    ("msgqueue", Resource::RLIMIT_MSGQUEUE),
+    ("nofile", Resource::RLIMIT_NOFILE),
+    ("nproc", Resource::RLIMIT_NPROC),
+    ("sigpending", Resource::RLIMIT_SIGPENDING),
+    ("stack", Resource::RLIMIT_STACK),
+    ("as", Resource::RLIMIT_AS),
+];
+/// Most host aliases, most names of one, and the longest of them in bytes.
+const MAX_ALIASES: (usize, usize, usize) = (64, 16, 253);
 
 /// The guest's NIC.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,6 +89,10 @@ pub(crate) enum PlanError {
     Entropy { bytes: usize },
     #[error("termination grace: {seconds} s, at most 86400")]
     Grace { seconds: u32 },
+    #[error("limit {index}: unknown kind, listed twice, or soft above hard")]
+    Limit { index: usize },
+    #[error("host alias {index}: not an address with 1 to 16 names")]
+    Alias { index: usize },
     #[error("NIC: {field} is not valid")]
     Nic { field: &'static str },
     #[error(transparent)]
@@ -125,11 +159,14 @@ impl Plan {
             wall_time_unix_ns: config.wall_time_unix_ns,
             entropy: config.entropy,
             link: config.nic.map(link).transpose()?,
+            limits: limits(&config.rlimits)?,
+            allow_new_privileges: config.allow_new_privileges,
+            more_hosts: aliases(&config.host_aliases)?,
         })
     }
 
-    /// `NAME=value` strings for exec, with `PATH`, `HOME` and `HOSTNAME` where they were not given.
-    pub(crate) fn env(&self, home: &str) -> Vec<CString> {
+    /// Names and values, with `PATH`, `HOME` and `HOSTNAME` where they were not given.
+    pub(crate) fn env_pairs(&self, home: &str) -> Vec<(String, String)> {
         let home = if home.is_empty() { "/" } else { home };
         let missing = [
             ("PATH", DEFAULT_PATH),
@@ -137,10 +174,15 @@ impl Plan {
             ("HOSTNAME", self.hostname.as_str()),
         ]
         .into_iter()
-        .filter(|(name, _)| !self.env.iter().any(|(given, _)| given == name));
-        let given = self.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        missing
-            .chain(given)
+        .filter(|(name, _)| !self.env.iter().any(|(given, _)| given == name))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        missing.chain(self.env.iter().cloned()).collect()
+    }
+
+    /// [`Self::env_pairs`] as `NAME=value` strings for exec.
+    pub(crate) fn env(&self, home: &str) -> Vec<CString> {
+        self.env_pairs(home)
+            .into_iter()
             .filter_map(|(name, value)| CString::new(format!("{name}={value}")).ok())
             .collect()
     }
@@ -154,7 +196,7 @@ fn absolute(field: &'static str, path: String) -> Result<CString, PlanError> {
 }
 
 /// A name given twice has its last value, at the place of the first.
-fn environment(vars: Vec<EnvVar>) -> Result<Vec<(String, String)>, PlanError> {
+pub(crate) fn environment(vars: Vec<EnvVar>) -> Result<Vec<(String, String)>, PlanError> {
     let mut env: Vec<(String, String)> = Vec::new();
     let mut places = std::collections::HashMap::new();
     for (index, EnvVar { name, value }) in vars.into_iter().enumerate() {
@@ -178,6 +220,52 @@ fn environment(vars: Vec<EnvVar>) -> Result<Vec<(String, String)>, PlanError> {
         }
     }
     Ok(env)
+}
+
+fn limits(wanted: &[Rlimit]) -> Result<Vec<Limit>, PlanError> {
+    let mut limits: Vec<Limit> = Vec::new();
+    for (index, limit) in wanted.iter().enumerate() {
+        let resource = LIMITS
+            .iter()
+            .find(|(name, _)| *name == limit.kind)
+            .map(|&(_, resource)| resource);
+        let Some(resource) =
+            resource.filter(|&r| limit.soft <= limit.hard && !limits.iter().any(|seen| seen.resource == r))
+        else {
+            return Err(PlanError::Limit { index });
+        };
+        limits.push(Limit {
+            resource,
+            soft: limit.soft,
+            hard: limit.hard,
+        });
+    }
+    Ok(limits)
+}
+
+fn aliases(wanted: &[HostAlias]) -> Result<String, PlanError> {
+    let mut text = String::new();
+    for (index, alias) in wanted.iter().enumerate() {
+        let name_is_good = |name: &String| {
+            (1..=MAX_ALIASES.2).contains(&name.len())
+                && name
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        };
+        let is_good = index < MAX_ALIASES.0
+            && alias.address.parse::<IpAddr>().is_ok()
+            && (1..=MAX_ALIASES.1).contains(&alias.names.len())
+            && alias.names.iter().all(name_is_good);
+        if !is_good {
+            return Err(PlanError::Alias { index });
+        }
+        for word in std::iter::once(&alias.address).chain(&alias.names) {
+            text.push_str(word);
+            text.push(' ');
+        }
+        text.push('\n');
+    }
+    Ok(text)
 }
 
 fn link(nic: Nic) -> Result<Link, PlanError> {

@@ -28,16 +28,13 @@ impl Reaper {
         self.signals.as_fd()
     }
 
-    /// Reaps everything that has ended and says how `main` did, if it is among them.
-    pub(crate) fn collect(&self, main: Option<nix::unistd::Pid>) -> io::Result<Option<Ended>> {
+    /// Reaps everything that has ended and tells of each.
+    pub(crate) fn collect(&self, mut tell: impl FnMut(Ended)) -> io::Result<()> {
         // Signals coalesce, so their number says nothing: empty the descriptor, then ask the kernel.
         while let Ok(Some(_)) = self.signals.read_signal() {}
-        let mut found = None;
         while let Some(ended) = sys::reap_one()? {
-            if Some(ended.pid) == main {
-                found = Some(ended);
-            }
+            tell(ended);
         }
-        Ok(found)
+        Ok(())
     }
 }

@@ -2,7 +2,34 @@
 #![allow(unsafe_code)]
 
 use nix::unistd::{ForkResult, Pid};
-use std::{io, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
+
+/// The program's entry, called by the C library's start code.
+// Under test, the test harness has its own.
+#[cfg_attr(not(test), unsafe(export_name = "main"))]
+#[cfg_attr(test, allow(dead_code))]
+extern "C" fn entry(_count: libc::c_int, _arguments: *const *const libc::c_char) -> libc::c_int {
+    libc::c_int::from(crate::start())
+}
+
+/// What Rust's own start would have done and this program needs: descriptors 0 to 2 are taken, so that nothing opened
+/// later is mistaken for a standard stream, and a pipe without a reader is an error instead of a signal.
+pub(crate) fn stand_on_own_feet() {
+    // SAFETY: SIG_IGN installs no handler, so no code of ours runs in signal context.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    loop {
+        // SAFETY: the name is a NUL-terminated constant; a descriptor that is not kept below is closed.
+        let fd = unsafe { libc::memfd_create(c"none".as_ptr(), 0) };
+        if !(0..=2).contains(&fd) {
+            // SAFETY: either the descriptor that was just made, or -1, which close(2) refuses.
+            unsafe { libc::close(fd) };
+            return;
+        }
+    }
+}
 
 /// How a child ended, with what it and its reaped children used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +139,72 @@ pub(crate) fn kill(pid: Pid, signal: i32) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Makes the terminal behind `fd` the controlling one of this process's new session (ioctl_tty(2), `TIOCSCTTY`).
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub(crate) fn take_terminal(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: the request takes a number, not a pointer.
+    checked(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Unlocks the pseudo-terminal whose master is `master` and opens its other end, without any path.
+///
+/// # Errors
+/// Whatever the ioctls say; a file that is no terminal's master is `ENOTTY`.
+pub(crate) fn open_peer(master: &impl AsRawFd) -> io::Result<OwnedFd> {
+    let unlocked: libc::c_int = 0;
+    // SAFETY: the kernel reads one int from the pointer.
+    checked(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &unlocked) })?;
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: the request takes open flags, not a pointer.
+    let peer = checked(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) })?;
+    // SAFETY: the kernel just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(peer) })
+}
+
+/// Sets the size of a pseudo-terminal; the kernel tells its foreground processes by SIGWINCH.
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub(crate) fn set_terminal_size(master: &impl AsRawFd, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the kernel reads one winsize from the pointer.
+    checked(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &size) }).map(drop)
+}
+
+/// The foreground process group of a pseudo-terminal, asked through its master.
+pub(crate) fn foreground_of(master: &impl AsRawFd) -> Option<Pid> {
+    let mut group: libc::pid_t = 0;
+    // SAFETY: the kernel writes one pid_t to the pointer.
+    checked(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPGRP, &mut group) }).ok()?;
+    (group > 1).then(|| Pid::from_raw(group))
+}
+
+fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Makes the kernel's generator take what the pool holds now (random(4), `RNDRESEEDCRNG`).
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub(crate) fn reseed_generator(random: &std::fs::File) -> io::Result<()> {
+    // _IO('R', 0x07), include/uapi/linux/random.h.
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    // SAFETY: the request takes no argument.
+    checked(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
 }
 
 /// Longest piece of entropy credited in one call, bytes; the contract's limit for `Config.entropy`.

@@ -6,82 +6,15 @@
 
 mod common;
 
-use common::{Blade, Child, Event};
-use far_proto::guest::{
-    EnvVar, Exit, ExitAck, Shutdown, Signal, Stage, Welcome, exit::How, host_message::Kind as ToGuest,
+use common::{
+    Event,
+    sandbox::{Sandbox, sandbox},
 };
+use far_proto::guest::{EnvVar, ExitAck, Shutdown, Signal, Stage, Welcome, exit::How, host_message::Kind as ToGuest};
 use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
-    path::PathBuf,
-    process::{Command, Stdio},
 };
-
-/// A guest in namespaces.
-struct Sandbox {
-    folder: tempfile::TempDir,
-    blade: Blade,
-    init: Option<Child>,
-}
-
-/// `None`, with a line that says why, where namespaces cannot be made.
-fn sandbox(test: &str, args: &[&str]) -> Option<Sandbox> {
-    if !nix::unistd::geteuid().is_root() {
-        common::skip(test, "root, for unshare");
-        return None;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let image = folder.path().join("image");
-    fs::create_dir_all(image.join("bin")).unwrap();
-    fs::create_dir_all(image.join("etc")).unwrap();
-    fs::copy(
-        common::guest_programs().unwrap().join("far-payload"),
-        image.join("bin/payload"),
-    )
-    .unwrap();
-    fs::write(
-        image.join("etc/passwd"),
-        "root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/home/agent:/bin/sh\n",
-    )
-    .unwrap();
-    fs::write(image.join("etc/group"), "agent:x:1000:\n").unwrap();
-    let blade = Blade::listen(&folder.path().join("control.sock"), "/bin/payload", args).unwrap();
-    Some(Sandbox {
-        folder,
-        blade,
-        init: None,
-    })
-}
-
-impl Sandbox {
-    fn image(&self) -> PathBuf {
-        self.folder.path().join("image")
-    }
-
-    fn start(&mut self) {
-        let child = Command::new("unshare")
-            .args(["-mpfu", "--propagation", "private", "--kill-child"])
-            .arg(env!("CARGO_BIN_EXE_far-init"))
-            .arg("--test-root")
-            .arg(self.folder.path())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        self.init = Some(Child(child));
-    }
-
-    /// Runs to the acknowledged exit and checks that far-init ended well.
-    fn run(&mut self) -> Exit {
-        self.start();
-        let exit = self.blade.serve().unwrap();
-        self.ends_well();
-        exit
-    }
-
-    fn ends_well(&mut self) {
-        assert!(self.init.as_mut().unwrap().wait().unwrap().success());
-    }
-}
 
 #[test]
 fn output_of_both_streams_and_the_exit_code_arrive() {

@@ -7,7 +7,7 @@ use std::{fs, io, io::Write, process, thread, time::Duration};
 /// # Errors
 /// A sentence: what could not be done, or that the verb is unknown.
 pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
-    if matches!(verb, "power-off" | "sysrq" | "eat-memory" | "kill-init") {
+    if matches!(verb, "power-off" | "sysrq" | "eat-memory" | "kill-init" | "fork-bomb") {
         only_in_a_guest()?;
     }
     match verb {
@@ -28,7 +28,21 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         }
         "exit" => process::exit(i32::try_from(number(value)?).map_err(text)?),
         "signal" => kill_self(number(value)?),
-        "ignore-term" => ignore_term(),
+        "ignore-term" => ignore(libc::SIGTERM),
+        "ignore-hup" => ignore(libc::SIGHUP),
+        "copy-stdin" => io::copy(&mut io::stdin().lock(), &mut io::stdout().lock())
+            .map(drop)
+            .map_err(text),
+        "read-line" => read_line(),
+        "tty-size" => tty_size().and_then(|(rows, columns)| writeln!(io::stdout(), "{rows}x{columns}").map_err(text)),
+        "await-resize" => await_resize(),
+        "read-file" => until(|| fs::metadata(value).is_ok()),
+        "await-end" => until(|| fs::metadata(format!("/proc/{value}")).is_err()),
+        "listen" => listen(value),
+        "orphans" => orphans(number(value)?),
+        "await-no-zombies" => until(|| zombies() == 0),
+        "fork-bomb" => fork_bomb(),
+        "write" => write_file(value),
         "orphan" => orphan(number(value)?),
         "power-off" => power_off(),
         "sysrq" => fs::write("/proc/sysrq-trigger", value).map_err(text),
@@ -121,13 +135,103 @@ fn kill_self(signal: u64) -> Result<(), String> {
     }
 }
 
-fn ignore_term() -> Result<(), String> {
+fn ignore(signal: i32) -> Result<(), String> {
     // SAFETY: SIG_IGN installs no handler, so no code of ours runs in signal context.
-    let before = unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
+    let before = unsafe { libc::signal(signal, libc::SIG_IGN) };
     if before == libc::SIG_ERR {
         Err(io::Error::last_os_error().to_string())
     } else {
         Ok(())
+    }
+}
+
+/// Looks every few milliseconds until it is so; the test that asked has the time limit.
+fn until(is_so: impl Fn() -> bool) -> Result<(), String> {
+    while !is_so() {
+        run("sleep", "5")?;
+    }
+    Ok(())
+}
+
+fn read_line() -> Result<(), String> {
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).map_err(text)?;
+    writeln!(io::stdout(), "read {}", line.trim_end()).map_err(text)
+}
+
+fn tty_size() -> Result<(u16, u16), String> {
+    // SAFETY: winsize is plain old data for which all-zero is a value.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one winsize to the pointer.
+    if unsafe { libc::ioctl(0, libc::TIOCGWINSZ, &mut size) } == 0 {
+        Ok((size.ws_row, size.ws_col))
+    } else {
+        Err(io::Error::last_os_error().to_string())
+    }
+}
+
+fn await_resize() -> Result<(), String> {
+    let before = tty_size()?;
+    writeln!(io::stdout(), "waiting").map_err(text)?;
+    until(|| tty_size().is_ok_and(|now| now != before))
+}
+
+/// An echo server on 127.0.0.1 that serves one connection after the other.
+fn listen(port: &str) -> Result<(), String> {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", port.parse().map_err(text)?)).map_err(text)?;
+    writeln!(io::stdout(), "listening").map_err(text)?;
+    for stream in listener.incoming() {
+        let stream = stream.map_err(text)?;
+        // A client may leave in the middle.
+        let _ = io::copy(&mut &stream, &mut &stream);
+    }
+    Ok(())
+}
+
+/// `path:text`: a file with this text.
+fn write_file(value: &str) -> Result<(), String> {
+    let (path, content) = value.split_once(':').ok_or("not path:text")?;
+    fs::write(path, content).map_err(text)
+}
+
+/// `count` processes whose parent is gone when they end, so that PID 1 has to reap them.
+fn orphans(count: u64) -> Result<(), String> {
+    for _ in 0..count {
+        // SAFETY: this program has one thread; the child forks once and ends, touching nothing else.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: as above; both processes end at once without running destructors.
+            unsafe {
+                libc::fork();
+                libc::_exit(0)
+            }
+        }
+        if child < 0 {
+            return Err(io::Error::last_os_error().to_string());
+        }
+        // SAFETY: the status may be null; the child is ours and was not waited for.
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    }
+    Ok(())
+}
+
+/// Processes that ended and were not reaped.
+fn zombies() -> usize {
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return usize::MAX;
+    };
+    processes
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok())
+        .filter(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')))
+        .count()
+}
+
+/// Processes that make processes, until nobody can: what pids.max is for.
+fn fork_bomb() -> Result<(), String> {
+    loop {
+        // SAFETY: this program has one thread; both sides go on in this loop.
+        unsafe { libc::fork() };
     }
 }
 

@@ -35,6 +35,11 @@ const READ_SIZE: usize = 64 << 10;
 /// More than this waiting to be written: nothing is added until the host reads. One frame may lie on top.
 const OUT_LIMIT: usize = 128 << 10;
 
+/// Channels add nothing beyond this: what has no credit of its own always finds room.
+const CHANNELS_LIMIT: usize = 64 << 10;
+/// Nothing is read while more than this waits: a host that asks and never listens stops being heard.
+const HEAR_LIMIT: usize = 512 << 10;
+
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
@@ -112,7 +117,13 @@ impl Link {
                 } else {
                     PollFlags::empty()
                 };
-                Some((up.fd.as_fd(), PollFlags::POLLIN | out))
+                let is_heard = up.out.len() - up.written < HEAR_LIMIT;
+                let hear = if is_heard {
+                    PollFlags::POLLIN
+                } else {
+                    PollFlags::empty()
+                };
+                Some((up.fd.as_fd(), hear | out))
             }
         }
     }
@@ -193,6 +204,11 @@ impl Link {
     /// Whether another message may be queued.
     pub(crate) fn has_room(&self) -> bool {
         matches!(&self.state, State::Up(up) if up.out.len() - up.written < OUT_LIMIT)
+    }
+
+    /// Whether a channel may queue another message.
+    pub(crate) fn has_room_for_channels(&self) -> bool {
+        matches!(&self.state, State::Up(up) if up.out.len() - up.written < CHANNELS_LIMIT)
     }
 
     /// Whether the socket took everything that was queued.

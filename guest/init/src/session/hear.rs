@@ -3,8 +3,9 @@
 
 use super::{Beat, Misuse, Offer, Running, Said, Session, State, Stop, combine};
 use crate::{
+    channels::{Companion, Request},
     files::Uploads,
-    network,
+    machine, network,
     payload::{self, NOT_EXECUTABLE},
     plan::Plan,
     power::{self, with_sources},
@@ -12,19 +13,20 @@ use crate::{
 };
 use far_proto::{
     frame::GENERATION,
-    guest::{self, Config, FileChunk, HostMessage, Ready, Welcome, host_message::Kind as Heard},
-};
-use nix::{
-    sys::time::TimeSpec,
-    time::{ClockId, clock_settime},
+    guest::{
+        self, Config, Done, FileChunk, GuestMessage, HostMessage, Ready, Welcome, guest_message::Kind as Say,
+        host_message::Kind as Heard,
+    },
 };
 use std::{
-    fs,
+    fs, io,
     time::{Duration, Instant},
 };
 
 /// Range of the heartbeat interval, ms (the contract's limits).
 const HEARTBEAT_MS: (u32, u32) = (100, 60_000);
+/// Latest wall clock, ns since the Unix epoch: year 2262, as far as the kernel counts.
+const MAX_UNIX_NS: u64 = i64::MAX as u64;
 
 impl Session<'_> {
     pub(super) fn listen(&mut self, now: Instant) {
@@ -54,6 +56,11 @@ impl Session<'_> {
             power::say(&with_sources(error));
         }
         self.said = Said::default();
+        self.channels.connection_lost(now);
+        // The snapshot that was prepared on this connection does not come.
+        if !self.stillness.forget().is_empty() {
+            let _ = self.set_frozen(false);
+        }
         self.link.hang_up(now);
         if let State::Waiting { offer } = &mut self.state {
             *offer = None;
@@ -83,9 +90,106 @@ impl Session<'_> {
                 self.shut_down(shutdown.grace_s, now);
                 Ok(())
             }
-            // Not spoken by this version: dropped, as a kind of a later generation is.
-            _ => Ok(()),
+            Heard::Exec(exec) => self.open(Request::Exec(exec)),
+            Heard::Put(put) => self.open(Request::Put(put)),
+            Heard::Get(get) => self.open(Request::Get(get)),
+            Heard::Forward(forward) => self.open(Request::Forward(forward)),
+            heard => {
+                self.hear_of_channels(heard, now);
+                Ok(())
+            }
         }
+    }
+
+    fn open(&mut self, request: Request) -> Result<(), Misuse> {
+        if self.channels.is_crowded() {
+            return Err(Misuse::TooManyChannels);
+        }
+        let (channels, ground) = self.ground();
+        Ok(channels.open(request, ground.as_ref())?)
+    }
+
+    fn hear_of_channels(&mut self, heard: Heard, now: Instant) {
+        match heard {
+            Heard::Data(data) => self.channels.take_data(&data, now),
+            Heard::TransferEntry(entry) => {
+                let (channels, ground) = self.ground();
+                channels.take_entry(entry, ground.as_ref(), now);
+            }
+            Heard::Credit(credit) => self.channels.credit(credit),
+            Heard::Close(close) => self.channels.close(close.channel, now),
+            Heard::ExecResize(resize) => self.channels.resize(&resize),
+            Heard::ExecSignal(signal) => self.channels.signal(signal.channel, signal.number),
+            Heard::SetTime(set) => {
+                let result = match set.unix_ns {
+                    1..=MAX_UNIX_NS => self.only_in_guest(|| machine::set_time(set.unix_ns)),
+                    _ => Err("unix_ns is not 1 to 2^63-1".into()),
+                };
+                self.answer(set.id, result);
+            }
+            Heard::Reseed(reseed) => {
+                let result = match reseed.entropy.len() {
+                    32..=512 => self.only_in_guest(|| machine::reseed(&reseed.entropy)),
+                    _ => Err("entropy is not 32 to 512 bytes".into()),
+                };
+                self.answer(reseed.id, result);
+            }
+            Heard::Freeze(freeze) => self.freeze(freeze.id),
+            Heard::Thaw(thaw) => {
+                self.tell_no_stillness("thawed before everything stood still");
+                let result = self.set_frozen(false);
+                self.answer(thaw.id, result);
+            }
+            // All heard before.
+            _ => {}
+        }
+    }
+
+    /// Clock and entropy have no namespace: a test must not touch them.
+    fn only_in_guest(&self, act: impl FnOnce() -> io::Result<()>) -> Result<(), String> {
+        if !self.place.is_guest() {
+            return Err("not in a guest of its own".into());
+        }
+        act().map_err(|error| error.to_string())
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), String> {
+        match &self.cgroup {
+            Some(cgroup) => cgroup.set_frozen(frozen).map_err(|error| error.to_string()),
+            None => Err("this guest has no cgroups".into()),
+        }
+    }
+
+    fn freeze(&mut self, id: u64) {
+        let result = match &self.state {
+            State::Running(running) if running.ended.is_none() && running.stop.is_none() => self.set_frozen(true),
+            _ => Err("the agent is not running, or was asked to stop".into()),
+        };
+        match result {
+            Err(text) => self.answer(id, Err(text)),
+            Ok(()) if !self.stillness.ask(id) => self.answer(id, Err("too many requests wait".into())),
+            // Perhaps at once: nothing may have run.
+            Ok(()) => self.tell_stillness(),
+        }
+    }
+
+    pub(super) fn tell_stillness(&mut self) {
+        for id in self.stillness.reached(self.cgroup.as_ref()) {
+            self.answer(id, Ok(()));
+        }
+    }
+
+    pub(super) fn tell_no_stillness(&mut self, why: &str) {
+        for id in self.stillness.forget() {
+            self.answer(id, Err(why.into()));
+        }
+    }
+
+    fn answer(&mut self, id: u64, result: Result<(), String>) {
+        let error = result.err().unwrap_or_default();
+        self.link.queue(&GuestMessage {
+            kind: Some(Say::Done(Done { id, error })),
+        });
     }
 
     fn welcome(&mut self, welcome: &Welcome, now: Instant) -> Result<(), Misuse> {
@@ -177,8 +281,19 @@ impl Session<'_> {
             stages: self.boot.stages(),
             warnings: self.boot.warnings(),
         });
+        let namespace = self.place.at(&format!("/proc/{}/ns/mnt", started.pid));
+        let companion = Companion {
+            env: plan.env_pairs(&user.home),
+            user,
+            working_dir: plan.working_dir.clone(),
+            limits: plan.limits.clone(),
+            allow_new_privileges: plan.allow_new_privileges,
+            // It may have ended already; then there is nobody to be beside.
+            namespace: fs::File::open(namespace).ok().map(Into::into),
+        };
         self.state = State::Running(Box::new(Running {
             pid: started.pid,
+            companion,
             pipes: started.pipes,
             ended: None,
             stop: None,
@@ -194,17 +309,13 @@ impl Session<'_> {
         if !self.place.is_guest() {
             return;
         }
-        if plan.wall_time_unix_ns > 0 {
-            let time = TimeSpec::from_duration(Duration::from_nanos(plan.wall_time_unix_ns));
-            if let Err(error) = clock_settime(ClockId::CLOCK_REALTIME, time) {
-                self.boot.warn(format!("wall clock: {error}"));
-            }
+        if plan.wall_time_unix_ns > 0
+            && let Err(error) = machine::set_time(plan.wall_time_unix_ns)
+        {
+            self.boot.warn(format!("wall clock: {error}"));
         }
         if !plan.entropy.is_empty() {
-            let credited = fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/urandom")
-                .and_then(|random| sys::credit_entropy(&random, &plan.entropy));
+            let credited = machine::reseed(&plan.entropy);
             if let Err(error) = credited {
                 self.boot.warn(format!("entropy: {error}"));
             }
@@ -233,6 +344,10 @@ impl Session<'_> {
                 let first = running.stop.is_none();
                 running.stop = Some(combine(running.stop, asked));
                 if first && grace_s > 0 && running.ended.is_none() {
+                    // What is frozen cannot hear TERM.
+                    if let Some(cgroup) = &self.cgroup {
+                        let _ = cgroup.set_frozen(false);
+                    }
                     for number in [libc::SIGTERM, libc::SIGCONT] {
                         let _ = sys::kill(running.pid, number);
                     }

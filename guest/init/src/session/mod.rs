@@ -14,12 +14,14 @@ mod speak;
 use crate::{
     boot::{self, BootReport},
     cgroup::Cgroup,
+    channels::{Channels, Companion, Ground, InUse},
     control::{
         connection::{Link, Progress},
         outbox::{Channel, Outbox, OutboxError},
     },
     files::Uploads,
     logs::Pipes,
+    machine::Stillness,
     place::Place,
     plan::Plan,
     power::{self, Fatal, with_sources},
@@ -39,6 +41,7 @@ use nix::{
 use std::{
     fs::File,
     io::Read,
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
@@ -61,6 +64,7 @@ struct Offer {
 
 struct Running {
     pid: Pid,
+    companion: Companion,
     pipes: Pipes,
     ended: Option<(Ended, u64)>,
     stop: Option<Stop>,
@@ -86,6 +90,10 @@ enum Misuse {
     ConfigTwice,
     #[error("the blade sent files or Start without Config")]
     NoConfig,
+    #[error("the blade opens channels faster than it hears of their end")]
+    TooManyChannels,
+    #[error(transparent)]
+    Channel(#[from] InUse),
     #[error(transparent)]
     Logs(#[from] OutboxError),
 }
@@ -115,6 +123,8 @@ pub(crate) struct Session<'a> {
     link: Link,
     said: Said,
     outbox: Outbox,
+    channels: Channels,
+    stillness: Stillness,
     state: State,
     ready: Option<Ready>,
     heartbeats: u64,
@@ -149,6 +159,8 @@ impl<'a> Session<'a> {
             link: Link::new(place, now),
             said: Said::default(),
             outbox: Outbox::new(),
+            channels: Channels::new(),
+            stillness: Stillness::default(),
             state: State::Waiting { offer: None },
             ready: None,
             heartbeats: 0,
@@ -174,6 +186,9 @@ impl<'a> Session<'a> {
                     break;
                 }
             }
+            if self.said.welcomed {
+                self.channels.speak(&mut self.link, now);
+            }
             if let Err(error) = self.link.flush() {
                 self.lose(&error, now);
             }
@@ -189,6 +204,8 @@ impl<'a> Session<'a> {
             let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
             PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
         });
+        let events = self.frozen_events();
+        self.tell_stillness();
         let mut fds = vec![PollFd::new(self.reaper.fd(), PollFlags::POLLIN)];
         let link_at = self.link.interest().map(|(fd, flags)| {
             fds.push(PollFd::new(fd, flags));
@@ -203,6 +220,12 @@ impl<'a> Session<'a> {
                 });
             }
         }
+        let still_at = events.as_ref().map(|events| {
+            fds.push(PollFd::new(events.as_fd(), PollFlags::POLLPRI));
+            fds.len() - 1
+        });
+        let channels_at = fds.len();
+        self.channels.ports(&mut |fd, flags| fds.push(PollFd::new(fd, flags)));
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(Fatal::Poll(error.into())),
@@ -210,7 +233,27 @@ impl<'a> Session<'a> {
         let found = |at: Option<usize>| at.and_then(|at| fds[at].revents()).unwrap_or(PollFlags::empty());
         let (children, link) = (found(Some(0)), found(link_at));
         let pipes = pipes_at.map(found);
+        let is_still = !found(still_at).is_empty();
+        let channels: Vec<PollFlags> = fds[channels_at..]
+            .iter()
+            .map(|fd| fd.revents().unwrap_or(PollFlags::empty()))
+            .collect();
+        let mut channels = channels.into_iter();
+        self.channels
+            .found(&mut || channels.next().unwrap_or(PollFlags::empty()));
+        if is_still {
+            self.tell_stillness();
+        }
         self.act(children, link, pipes)
+    }
+
+    /// Opened for each poll: who waits for a snapshot pays for it, nobody else.
+    fn frozen_events(&self) -> Option<File> {
+        let cgroup = self.cgroup.as_ref().filter(|_| self.stillness.is_asked_for())?;
+        let mut events = cgroup.events().ok()?;
+        // Reading arms it: poll tells of changes since. What it says is looked at right after.
+        events.read_to_end(&mut Vec::new()).ok()?;
+        Some(events)
     }
 
     fn act(&mut self, children: PollFlags, link: PollFlags, pipes: [PollFlags; 2]) -> Result<(), Fatal> {
@@ -247,7 +290,12 @@ impl<'a> Session<'a> {
             State::Running(running) => running.stop.filter(|stop| !stop.killed).map(|stop| stop.kill_at),
             State::Exited(_) => Some(self.give_up_at()),
         };
-        [self.link.deadline(), beat, state]
+        let channels = if self.link.has_room_for_channels() {
+            self.channels.deadline(now)
+        } else {
+            None
+        };
+        [self.link.deadline(), beat, state, channels]
             .into_iter()
             .flatten()
             .min()
@@ -259,6 +307,7 @@ impl<'a> Session<'a> {
     }
 
     fn keep_time(&mut self, now: Instant) -> Result<(), Fatal> {
+        self.channels.keep_time(now);
         let has_ended = match &mut self.state {
             State::Waiting { .. } => false,
             State::Running(running) => {
@@ -287,8 +336,19 @@ impl<'a> Session<'a> {
             State::Running(running) if running.ended.is_none() => Some(running.pid),
             State::Running(_) | State::Waiting { .. } | State::Exited(_) => None,
         };
-        let ended = self.reaper.collect(main).map_err(Fatal::Signals)?;
-        if let (Some(ended), State::Running(running)) = (ended, &mut self.state) {
+        let now = Instant::now();
+        let mut found = None;
+        let channels = &mut self.channels;
+        self.reaper
+            .collect(|ended| {
+                if Some(ended.pid) == main {
+                    found = Some(ended);
+                } else {
+                    channels.reaped(&ended, now);
+                }
+            })
+            .map_err(Fatal::Signals)?;
+        if let (Some(ended), State::Running(running)) = (found, &mut self.state) {
             running.ended = Some((ended, boot::wall_ns()));
             self.last_heard = Instant::now();
             // Orphans may hold the pipes open for ever: the agent is its main process.
@@ -334,7 +394,23 @@ impl<'a> Session<'a> {
         });
     }
 
+    /// Where channels work: beside a running payload.
+    fn ground(&mut self) -> (&mut Channels, Option<Ground<'_>>) {
+        let ground = match (&self.state, &self.root) {
+            (State::Running(running), Ok(root)) if running.ended.is_none() => Some(Ground {
+                place: self.place,
+                root,
+                cgroup: self.cgroup.as_ref(),
+                companion: &running.companion,
+            }),
+            _ => None,
+        };
+        (&mut self.channels, ground)
+    }
+
     fn exit(&mut self, exit: Exit) {
+        self.channels.farewell(&mut self.link);
+        self.tell_no_stillness("the agent ended");
         self.last_heard = Instant::now();
         self.state = State::Exited(Box::new(exit));
     }

@@ -83,7 +83,9 @@ impl Session<'_> {
     fn heartbeat(&mut self) -> Heartbeat {
         self.heartbeats += 1;
         let (mem_total_kib, mem_available_kib) = cgroup::memory_kib();
-        let (cpu_usage_us, processes) = self.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
+        let cgroup = self.cgroup.as_ref();
+        let (cpu_usage_us, processes) = cgroup.map(Cgroup::usage).unwrap_or_default();
+        let pressure = |resource| cgroup.and_then(|cgroup| cgroup.pressure(resource));
         Heartbeat {
             seq: self.heartbeats,
             boot_ns: boot::boot_ns(),
@@ -91,7 +93,12 @@ impl Session<'_> {
             mem_available_kib,
             cpu_usage_us,
             processes,
-            ..Heartbeat::default()
+            cpu_pressure: pressure("cpu"),
+            memory_pressure: pressure("memory"),
+            io_pressure: pressure("io"),
+            payload_memory_kib: cgroup.map(Cgroup::memory_kib).unwrap_or_default(),
+            wall_unix_ns: boot::wall_ns(),
+            channels: self.channels.count(),
         }
     }
 }

@@ -3,6 +3,9 @@
 //! It stores log records like a real host (in order, once) and can drop its connection at any moment.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod host;
+pub mod sandbox;
+
 use anyhow::{Context, bail, ensure};
 use far_proto::{
     frame::{self, Decoder},
