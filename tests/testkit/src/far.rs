@@ -313,9 +313,10 @@ impl Far {
             .unwrap_or_else(|| panic!("{program} does not run: {:?}", self.processes()));
         kill(pid);
         wait_for(&format!("{program} ({pid}) to be gone"), || {
-            match self.pid_of(program) {
-                Some(seen) if seen == pid => Err("still there".into()),
-                _ => Ok(()),
+            if processes::is_alive(pid) {
+                Err("still there".into())
+            } else {
+                Ok(())
             }
         });
     }

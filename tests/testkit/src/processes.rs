@@ -28,3 +28,16 @@ pub fn mentioning(folder: &Path) -> Vec<Process> {
         })
         .collect()
 }
+
+/// Whether the process is still there and not only waiting to be reaped (proc(5), field 3 of `stat`). Its command line
+/// is empty earlier than that, while it is being torn down.
+#[must_use]
+pub fn is_alive(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
+    !matches!(state, None | Some('Z' | 'X'))
+}
