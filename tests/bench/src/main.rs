@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cpu;
+mod hello;
 mod report;
 mod skeleton;
 

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use far_testkit::{Far, Options, find};
 
 use crate::{
-    cpu,
+    cpu, hello,
     report::{Goal, Row},
 };
 
@@ -27,12 +27,16 @@ pub(crate) fn rows(rounds: usize) -> Result<Vec<Row>> {
     let far = Far::start(Options::default()).map_err(anyhow::Error::msg)?;
     let peer = BusyboxVm::prepare()?;
     let (mut whole, mut boot, mut scheduled, mut completed) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut to_hello, mut share) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         let ours = whole_run(&far, round)?;
         let plain = peer.as_ref().map(BusyboxVm::run).transpose()?;
         whole.push((ours, plain));
         boot.push((boot_cpu(&far, round)?, plain));
+        let alone = hello::boot()?;
+        to_hello.push((alone.cpu_to_hello, plain));
+        share.push((100.0 * alone.init_to_hello / alone.guest_at_hello, None));
         let (to_scheduled, to_completed) = apply_latency(&far, round)?;
         scheduled.push((to_scheduled, None));
         completed.push((to_completed, None));
@@ -40,7 +44,21 @@ pub(crate) fn rows(rounds: usize) -> Result<Vec<Row>> {
     far.stop();
     let name = Some("plain qemu, same kernel, busybox init");
     Ok(vec![
-        Row::of("boot until the agent runs: VMM and helpers", "CPU s", boot, name, None),
+        Row::of(
+            "boot to Hello: far-vmm, VMM and vsock daemon",
+            "CPU s",
+            to_hello,
+            name,
+            None,
+        ),
+        Row::of("share of far-init in the guest's time to Hello", "%", share, None, None),
+        Row::of(
+            "boot until the agent is seen running: VMM and helpers",
+            "CPU s",
+            boot,
+            name,
+            None,
+        ),
         Row::of(
             "far run of a loaded image: VM and all daemons",
             "CPU s",
