@@ -21,10 +21,12 @@ use crate::{
         protocol::Violation,
         session::{Session, SessionEvent},
     },
+    guests::Guests,
     host::{ImageFault, Images, VmHost, VmPlan},
     ledger::Ledger,
     log_sink::{LogSignal, LogSink},
     logs::read_tail,
+    metrics::Metrics,
     names::VmId,
     outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
     record::{EndReason, ExitReport, Fact, Misfit, Record, Resources, Spawn, StopOrder, UnixMs},
@@ -32,8 +34,9 @@ use crate::{
 };
 use far_proto::{
     frame::CONTROL_PORT,
-    guest::{ExitAck, HostMessage, Shutdown, Stage, host_message::Kind},
+    guest::{ExitAck, HostMessage, Reseed, SetTime, Shutdown, Stage, host_message::Kind},
 };
+use rand::RngCore;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
@@ -51,6 +54,10 @@ const KILL_AGAIN: Duration = Duration::from_secs(10);
 const MAX_VIOLATIONS: u32 = 16;
 /// A full disk under the ledger: until the next try.
 const LEDGER_RETRY: Duration = Duration::from_secs(1);
+/// A connection that was away so long gets time and entropy when it is back.
+const GAP: Duration = Duration::from_secs(5);
+/// Fresh bytes for the guest's random pool (control.proto: 32 to 512).
+const ENTROPY: usize = 64;
 /// Requests that may wait for one task.
 pub(crate) const REQUESTS: usize = 16;
 
@@ -78,6 +85,10 @@ pub struct Blade {
     pub host: Arc<dyn VmHost>,
     /// Images.
     pub images: Arc<dyn Images>,
+    /// Guests that run, and their connections.
+    pub guests: Guests,
+    /// Numbers for Prometheus.
+    pub metrics: Metrics,
     /// Bounds.
     pub limits: Limits,
     /// Folder of the logs, one folder per VM.
@@ -129,6 +140,8 @@ pub(crate) struct AgentTask {
     tell: mpsc::Sender<(u64, SessionEvent)>,
     told: mpsc::Receiver<(u64, SessionEvent)>,
     session: Option<Session>,
+    /// When the last connection was lost, while there is none.
+    lost_at: Option<UnixMs>,
     sessions: u64,
     /// Work on image and folder; a stop does not wait for it, the release does.
     preparing: Option<JoinHandle<()>>,
@@ -162,6 +175,7 @@ impl AgentTask {
             tell,
             told,
             session: None,
+            lost_at: None,
             sessions: 0,
             preparing: None,
             violations: 0,
@@ -505,8 +519,10 @@ impl AgentTask {
             dialled,
             log.clone(),
             heartbeat,
+            self.blade.metrics.channels.clone(),
             self.tell.clone(),
         ));
+        self.blade.metrics.connections.inc();
         self.note_heartbeat();
         match stage {
             Stage::WaitingForConfig => self.deliver(),
@@ -514,6 +530,8 @@ impl AgentTask {
             Stage::Running if self.record.started_at.is_none() => self.note_ready(String::new()).await,
             Stage::Running | Stage::Exited | Stage::Unspecified => {}
         }
+        self.after_gap();
+        self.offer_channels();
         self.send_shutdown();
     }
 
@@ -538,7 +556,12 @@ impl AgentTask {
         }
         match event {
             SessionEvent::Ready { message } => self.note_ready(message).await,
-            SessionEvent::Heartbeat => self.note_heartbeat(),
+            SessionEvent::Heartbeat(heartbeat) => {
+                self.blade.metrics.heartbeats.inc();
+                let now = self.blade.clock.now();
+                self.blade.guests.heard(&self.record.identity.key, &heartbeat, now);
+                self.note_heartbeat();
+            }
             SessionEvent::Exit {
                 how,
                 oom_killed,
@@ -555,6 +578,8 @@ impl AgentTask {
             SessionEvent::ExitComplete => self.store_exit().await,
             SessionEvent::Closed(violation) => {
                 self.session = None;
+                self.lost_at = Some(self.blade.clock.now());
+                self.blade.guests.disconnected(&self.record.identity.key);
                 if let Some(violation) = violation {
                     self.on_violation(&violation).await;
                 }
@@ -571,6 +596,33 @@ impl AgentTask {
             })
             .await;
         self.note_heartbeat();
+        self.offer_channels();
+    }
+
+    /// Calls into the guest may use this connection once its payload runs.
+    fn offer_channels(&self) {
+        if let Some(session) = self.session.as_ref().filter(|_| self.record.started_at.is_some()) {
+            let key = &self.record.identity.key;
+            self.blade.guests.connected(key, session.channels().clone());
+        }
+    }
+
+    /// A guest that was away so long may have been stopped or restored: its clock stood still, and its random numbers
+    /// may be another VM's too.
+    fn after_gap(&mut self) {
+        let Some(lost_at) = self.lost_at.take() else { return };
+        let now = self.blade.clock.now();
+        if now.saturating_sub(lost_at) < millis(GAP) || self.record.started_at.is_none() {
+            return;
+        }
+        let Some(session) = &self.session else { return };
+        tracing::info!(vm.id = %self.record.vm_id, away_ms = now - lost_at, "the guest gets the time and fresh entropy after a gap");
+        let unix_ns = now.saturating_mul(1_000_000);
+        let mut entropy = vec![0; ENTROPY];
+        rand::rng().fill_bytes(&mut entropy);
+        // Without an answer it is no worse off than before.
+        let _ = session.channels().ask(|id| Kind::SetTime(SetTime { id, unix_ns }));
+        let _ = session.channels().ask(|id| Kind::Reseed(Reseed { id, entropy }));
     }
 
     /// The first report counts; a repeated one is only acknowledged again.
@@ -590,6 +642,7 @@ impl AgentTask {
     async fn on_violation(&mut self, violation: &Violation) {
         tracing::warn!(vm.id = %self.record.vm_id, error = %violation, "a control connection was cut");
         self.violations += 1;
+        self.blade.metrics.violations.inc();
         if self.violations >= MAX_VIOLATIONS && self.killed_at.is_none() {
             self.forced.get_or_insert(Forced::InitLost {
                 message: violation.to_string(),
@@ -631,6 +684,7 @@ impl AgentTask {
             let _ = self.change(Fact::Exited(report)).await;
         }
         self.session = None;
+        self.blade.guests.forget(&self.record.identity.key);
         if let (VmmEnd::Vanished { .. }, Some(spawn)) = (&vmm, &self.record.spawn) {
             vmm = VmmEnd::Vanished {
                 blade_rebooted: spawn.boot_id != self.blade.boot_id,

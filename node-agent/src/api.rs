@@ -2,6 +2,7 @@
 //!
 //! Everything a call asks is decided by the supervisor and the board; here wire types are checked and converted.
 
+mod inside;
 mod logs;
 
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
 };
 use far_proto::node::{
     self as proto, AgentState, Event,
+    inside_server::InsideServer,
     node_server::{Node, NodeServer},
 };
 use futures::{StreamExt, stream::BoxStream};
@@ -54,6 +56,12 @@ impl NodeApi {
     #[must_use]
     pub fn into_server(self) -> NodeServer<Self> {
         NodeServer::new(self).max_decoding_message_size(MAX_REQUEST)
+    }
+
+    /// Exec, cp, port-forward and stats, for the same listener.
+    #[must_use]
+    pub fn into_inside_server(self) -> InsideServer<Self> {
+        InsideServer::new(self).max_decoding_message_size(MAX_REQUEST)
     }
 
     fn board(&self) -> &Board {

@@ -1,6 +1,6 @@
 //! A client of the node API over the blade's Unix socket, for `far` and for tests.
 
-use far_proto::node::node_client::NodeClient;
+use far_proto::node::{inside_client::InsideClient, node_client::NodeClient};
 use hyper_util::rt::TokioIo;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
@@ -16,23 +16,36 @@ pub struct ConnectError {
     pub source: tonic::transport::Error,
 }
 
+/// Connects to what people do inside agents (exec, cp, port-forward, stats) at a Unix socket.
+///
+/// # Errors
+/// Nobody listens there.
+pub async fn connect_inside_unix(socket: &Path) -> Result<InsideClient<Channel>, ConnectError> {
+    let channel = channel(socket).await?;
+    Ok(InsideClient::new(channel).max_decoding_message_size(16 << 20))
+}
+
 /// Connects to the node API at a Unix socket (`$FAR_RUN/node.sock`).
 ///
 /// # Errors
 /// Nobody listens there.
 pub async fn connect_unix(socket: &Path) -> Result<NodeClient<Channel>, ConnectError> {
+    let channel = channel(socket).await?;
+    Ok(NodeClient::new(channel).max_decoding_message_size(16 << 20))
+}
+
+async fn channel(socket: &Path) -> Result<Channel, ConnectError> {
     let path = socket.to_owned();
     let connector = tower::service_fn(move |_: Uri| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     // The address is only a form: the connector does not look at it.
-    let channel = Endpoint::from_static("http://blade.invalid")
+    Endpoint::from_static("http://blade.invalid")
         .connect_with_connector(connector)
         .await
         .map_err(|source| ConnectError {
             socket: socket.to_owned(),
             source,
-        })?;
-    Ok(NodeClient::new(channel).max_decoding_message_size(16 << 20))
+        })
 }

@@ -39,6 +39,9 @@ pub struct Args {
     /// File with the one-use join token; removed after a successful join. Not needed once joined
     #[arg(long, env = "FAR_JOIN_TOKEN_FILE", value_name = "FILE")]
     join_token_file: Option<PathBuf>,
+    /// Address of http://ADDRESS/metrics for Prometheus; port 0: the kernel picks, the log says; absent: none
+    #[arg(long, env = "FAR_NODE_METRICS_LISTEN", value_name = "ADDRESS")]
+    metrics_listen: Option<SocketAddr>,
     /// Written once far-node serves: its address (host:port, or unix:PATH when standalone)
     #[arg(long, env = "FAR_NODE_READY_FILE", value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -92,6 +95,7 @@ pub struct Config {
     pub boot_kit: PathBuf,
     pub name: String,
     pub controller: Option<ControllerConfig>,
+    pub metrics_listen: Option<SocketAddr>,
     pub ready_file: Option<PathBuf>,
     pub boot_timeout: Duration,
     pub heartbeat_interval: Duration,
@@ -199,6 +203,7 @@ impl Args {
             boot_kit: absolute("--boot-kit", self.boot_kit.unwrap_or_else(cache))?,
             name,
             controller,
+            metrics_listen: self.metrics_listen,
             ready_file: self.ready_file,
             boot_timeout: self.boot_timeout,
             heartbeat_interval: heartbeat,

@@ -8,9 +8,11 @@
 //!                   ▲                                                   │ SessionEvent
 //!                   └───────────────────────────────────────────────────┘
 //! ```
+//! Calls of the node API that go into the guest (exec, cp, port-forward) are [`channels`] of the live session.
 //! The guest is hostile until proven otherwise: each message is checked by [`protocol`] before anything is done with it,
 //! and every queue and buffer here has a bound. The socket's path is the VM's identity; nothing a guest says is.
 
+pub(crate) mod channels;
 pub mod delivery;
 pub(crate) mod listener;
 pub(crate) mod protocol;

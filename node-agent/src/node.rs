@@ -59,8 +59,18 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     let socket = unix_socket::bind(&socket_path).await?;
     let (supervisor, supervising) = Supervisor::start(blade.clone(), machine.room, loaded).await;
     let mut serving = JoinSet::new();
+    if let Some(address) = config.metrics_listen {
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .with_context(|| format!("listening on --metrics-listen {address}"))?;
+        let address = listener
+            .local_addr()
+            .context("reading the address of --metrics-listen")?;
+        tracing::info!(%address, "metrics are served at /metrics");
+        serving.spawn(crate::metrics::serve(listener, blade.clone(), shutdown.clone()));
+    }
     let local = NodeApi::new(supervisor.clone(), machine.clone(), epochs.clone(), Origin::Blade);
-    serving.spawn(unix_socket::serve(socket, local.into_server(), shutdown.clone()));
+    serving.spawn(unix_socket::serve(socket, local, shutdown.clone()));
     let address = match &config.controller {
         None => format!("unix:{}", socket_path.display()),
         Some(controller) => {
@@ -160,6 +170,8 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         board,
         host,
         images,
+        guests: crate::guests::Guests::default(),
+        metrics: crate::metrics::Metrics::default(),
         limits,
         logs,
         boot_id,

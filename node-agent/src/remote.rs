@@ -129,7 +129,8 @@ async fn serve(
     let (send, connections) = mpsc::channel(16);
     let incoming = ReceiverStream::new(connections).map(Ok::<_, std::io::Error>);
     let server = tonic::transport::Server::builder()
-        .add_service(api.into_server())
+        .add_service(api.clone().into_server())
+        .add_service(api.into_inside_server())
         .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());
     tokio::select! {
         served = server => served.context("serving the node API"),

@@ -2,5 +2,6 @@
 
 pub(crate) mod doubles;
 mod hostile;
+mod inside;
 mod life;
 mod restart;

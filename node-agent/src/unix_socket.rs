@@ -2,7 +2,6 @@
 
 use crate::api::NodeApi;
 use anyhow::{Context, Result, bail};
-use far_proto::node::node_server::NodeServer;
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -30,13 +29,10 @@ pub(crate) async fn bind(path: &Path) -> Result<UnixListener> {
 }
 
 /// Serves until `shutdown`.
-pub(crate) async fn serve(
-    socket: UnixListener,
-    service: NodeServer<NodeApi>,
-    shutdown: CancellationToken,
-) -> Result<()> {
+pub(crate) async fn serve(socket: UnixListener, api: NodeApi, shutdown: CancellationToken) -> Result<()> {
     tonic::transport::Server::builder()
-        .add_service(service)
+        .add_service(api.clone().into_server())
+        .add_service(api.into_inside_server())
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), shutdown.cancelled_owned())
         .await
         .context("serving the node API on the Unix socket")

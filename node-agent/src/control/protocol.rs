@@ -7,7 +7,7 @@ use crate::{
 };
 use far_proto::{
     frame::GENERATION,
-    guest::{self, GuestMessage, Hello, Stage, exit::How, guest_message::Kind},
+    guest::{self, GuestMessage, Heartbeat, Hello, Stage, exit::How, guest_message::Kind},
 };
 
 /// Longest piece of output in one message, bytes (control.proto).
@@ -18,7 +18,7 @@ const MAX_LOG_DATA: usize = 64 << 10;
 #[error("the guest broke the control protocol: {0}")]
 pub(crate) struct Violation(pub(crate) String);
 
-fn violation<T>(text: impl Into<String>) -> Result<T, Violation> {
+pub(crate) fn violation<T>(text: impl Into<String>) -> Result<T, Violation> {
     Err(Violation(text.into()))
 }
 
@@ -73,14 +73,16 @@ pub(crate) fn check_hello(message: GuestMessage) -> Result<Greeting, Violation> 
 }
 
 /// What a valid message asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Step {
     /// The payload runs; warnings joined for people.
     Ready { message: String },
     /// Store this.
     Log(LogRecord),
     /// The guest lives.
-    Heartbeat,
+    Heartbeat(Box<Heartbeat>),
+    /// Something of a channel, or an answer to a question about the machine.
+    Channel(Kind),
     /// The payload ended; complete only when [`Protocol::is_exit_complete`].
     Exit {
         how: ExitHow,
@@ -131,19 +133,18 @@ impl Protocol {
         match message.kind {
             None => violation("a message of an unknown kind"),
             Some(Kind::Hello(_)) => violation("Hello twice on one connection"),
-            Some(Kind::Heartbeat(_)) => Ok(Step::Heartbeat),
+            Some(Kind::Heartbeat(heartbeat)) => Ok(Step::Heartbeat(Box::new(heartbeat))),
             Some(Kind::Ready(ready)) => self.take_ready(ready),
             Some(Kind::Log(log)) => self.take_log(log),
             Some(Kind::Exit(exit)) => self.take_exit(exit),
-            // far-node opens no channel yet, so nothing can belong to one.
             Some(
-                Kind::Opened(_)
+                kind @ (Kind::Opened(_)
                 | Kind::Data(_)
                 | Kind::TransferEntry(_)
                 | Kind::Credit(_)
                 | Kind::ChannelEnd(_)
-                | Kind::Done(_),
-            ) => violation("an answer to what was never asked"),
+                | Kind::Done(_)),
+            ) => Ok(Step::Channel(kind)),
         }
     }
 
@@ -229,7 +230,7 @@ impl Protocol {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use far_proto::guest::{Exit, Heartbeat, Log, Ready};
+    use far_proto::guest::{Exit, Log, Ready};
     use proptest::prelude::*;
 
     fn hello() -> Hello {

@@ -1,12 +1,14 @@
 //! One live control connection: reads, checks, stores output, acknowledges; writes what the VM task hands it.
 
 use super::{
+    channels::Channels,
     listener::Dialled,
     protocol::{Protocol, Step, Violation},
 };
 use crate::{
     log_sink::LogSink,
     logs::{LogRecord, Stored, Stream},
+    metrics::ChannelCounters,
     record::ExitHow,
 };
 use far_proto::{
@@ -41,7 +43,7 @@ pub(crate) enum SessionEvent {
     Ready {
         message: String,
     },
-    Heartbeat,
+    Heartbeat(Box<guest::Heartbeat>),
     /// The exit report arrived.
     Exit {
         how: ExitHow,
@@ -59,6 +61,7 @@ pub(crate) enum SessionEvent {
 pub(crate) struct Session {
     number: u64,
     outbox: mpsc::Sender<Vec<HostMessage>>,
+    channels: Arc<Channels>,
     task: JoinHandle<()>,
 }
 
@@ -69,15 +72,28 @@ impl Session {
         dialled: Dialled,
         log: LogSink,
         heartbeat: Duration,
+        counters: ChannelCounters,
         events: mpsc::Sender<(u64, SessionEvent)>,
     ) -> Self {
         let (outbox, inbox) = mpsc::channel(OUTBOX);
-        let task = tokio::spawn(run(number, dialled, log, heartbeat, inbox, events));
-        Self { number, outbox, task }
+        let (channels, data) = Channels::new(counters);
+        let table = LostAtTheEnd(channels.clone());
+        let task = tokio::spawn(run(number, dialled, log, heartbeat, inbox, (table, data), events));
+        Self {
+            number,
+            outbox,
+            channels,
+            task,
+        }
     }
 
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Exec, cp and port-forward go through these.
+    pub(crate) fn channels(&self) -> &Arc<Channels> {
+        &self.channels
     }
 
     /// Hands messages over in order; false where the guest takes nothing any more.
@@ -92,12 +108,22 @@ impl Drop for Session {
     }
 }
 
+/// However the session's task ends, also by abort, the callers of its channels hear of it.
+struct LostAtTheEnd(Arc<Channels>);
+
+impl Drop for LostAtTheEnd {
+    fn drop(&mut self) {
+        self.0.lose();
+    }
+}
+
 async fn run(
     number: u64,
     dialled: Dialled,
     log: LogSink,
     heartbeat: Duration,
     inbox: mpsc::Receiver<Vec<HostMessage>>,
+    (channels, data): (LostAtTheEnd, mpsc::Receiver<HostMessage>),
     events: mpsc::Sender<(u64, SessionEvent)>,
 ) {
     let stored = log.stored().await;
@@ -118,9 +144,10 @@ async fn run(
         async move { events.send((number, event)).await }
     };
     let violation = tokio::select! {
-        violation = read_all(read, dialled.decoder, &protocol, &log, acks, &tell) => violation,
-        () = write_all(write, welcome, inbox, pending_acks, &protocol) => None,
+        violation = read_all(read, dialled.decoder, (&protocol, &channels.0), &log, acks, &tell) => violation,
+        () = write_all(write, welcome, inbox, pending_acks, &protocol, (&channels.0, data)) => None,
     };
+    drop(channels);
     let _ = tell(SessionEvent::Closed(violation)).await;
 }
 
@@ -131,7 +158,7 @@ fn locked(protocol: &Mutex<Protocol>) -> std::sync::MutexGuard<'_, Protocol> {
 async fn read_all<F>(
     mut read: OwnedReadHalf,
     mut decoder: Decoder,
-    protocol: &Mutex<Protocol>,
+    (protocol, channels): (&Mutex<Protocol>, &Channels),
     log: &LogSink,
     acks: mpsc::Sender<Stored>,
     tell: &impl Fn(SessionEvent) -> F,
@@ -150,7 +177,12 @@ where
                 Ok(None) => break,
                 Ok(Some(message)) => match locked(protocol).take(message) {
                     Ok(Step::Log(record)) => output.push(record),
-                    Ok(Step::Heartbeat) => others.push(SessionEvent::Heartbeat),
+                    Ok(Step::Heartbeat(heartbeat)) => match others.last_mut() {
+                        // Only the newest of several counts.
+                        Some(SessionEvent::Heartbeat(last)) => *last = heartbeat,
+                        _ => others.push(SessionEvent::Heartbeat(heartbeat)),
+                    },
+                    Ok(Step::Channel(kind)) => problem = channels.take(kind).err(),
                     Ok(Step::Ready { message }) => others.push(SessionEvent::Ready { message }),
                     Ok(Step::Exit {
                         how,
@@ -177,7 +209,6 @@ where
                 return None;
             }
         }
-        others.dedup_by(|a, b| matches!((a, b), (SessionEvent::Heartbeat, SessionEvent::Heartbeat)));
         for event in others {
             tell(event).await.ok()?;
         }
@@ -207,6 +238,7 @@ async fn write_all(
     mut inbox: mpsc::Receiver<Vec<HostMessage>>,
     mut acks: mpsc::Receiver<Stored>,
     protocol: &Mutex<Protocol>,
+    (channels, mut data): (&Channels, mpsc::Receiver<HostMessage>),
 ) {
     let mut frames = Vec::new();
     frame::encode(&welcome, &mut frames);
@@ -237,6 +269,12 @@ async fn write_all(
                     }
                     frame::encode(message, &mut frames);
                 }
+            }
+            () = channels.due() => channels.write_due(&mut frames),
+            Some(message) = data.recv() => {
+                // An open goes before what belongs to it.
+                channels.write_due(&mut frames);
+                frame::encode(&message, &mut frames);
             }
             else => return,
         }

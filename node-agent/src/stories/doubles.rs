@@ -226,6 +226,8 @@ impl World {
             board: Board::open(&self.dir.path().join("seq")).unwrap(),
             host: self.host.clone(),
             images: Arc::new(FakeImages),
+            guests: crate::guests::Guests::default(),
+            metrics: crate::metrics::Metrics::default(),
             limits: Limits {
                 boot_timeout: Duration::from_secs(90),
                 log_max_bytes: self.log_max_bytes,

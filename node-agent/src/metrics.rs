@@ -1,0 +1,295 @@
+//! Numbers of a blade for Prometheus, `--metrics-listen`.
+//!
+//! Labels are closed sets: no name, id or text of an agent ever becomes one. Sums over agents are taken when somebody asks.
+
+use crate::{agent::Blade, record::Phase};
+use anyhow::{Context, Result};
+use http_body_util::Full;
+use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::{Encoder, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use std::{convert::Infallible, sync::Arc, time::Duration};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// Connections at a time; more wait in the backlog.
+const MAX_CONNECTIONS: usize = 16;
+/// From accept to the answer.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a channel is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChannelKind {
+    /// A program beside the payload.
+    Exec,
+    /// Files into the guest.
+    Put,
+    /// Files out of the guest.
+    Get,
+    /// A TCP connection into the guest.
+    Forward,
+}
+
+impl ChannelKind {
+    const ALL: [Self; 4] = [Self::Exec, Self::Put, Self::Get, Self::Forward];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Exec => "exec",
+            Self::Put => "put",
+            Self::Get => "get",
+            Self::Forward => "forward",
+        }
+    }
+}
+
+/// Counters that channels keep themselves.
+#[derive(Debug, Clone)]
+pub(crate) struct ChannelCounters {
+    opened: IntCounterVec,
+    open: IntGaugeVec,
+    pub(crate) refused: IntCounter,
+    /// Bytes from guests.
+    pub(crate) received: IntCounter,
+    /// Bytes to guests.
+    pub(crate) sent: IntCounter,
+}
+
+impl ChannelCounters {
+    pub(crate) fn opened(&self, kind: ChannelKind) {
+        self.opened.with_label_values(&[kind.label()]).inc();
+        self.open.with_label_values(&[kind.label()]).inc();
+    }
+
+    pub(crate) fn ended(&self, kind: ChannelKind) {
+        self.open.with_label_values(&[kind.label()]).dec();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn open(&self) -> i64 {
+        ChannelKind::ALL
+            .iter()
+            .map(|kind| self.open.with_label_values(&[kind.label()]).get())
+            .sum()
+    }
+}
+
+/// All numbers of one far-node.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    agents: IntGaugeVec,
+    stale: IntGauge,
+    heartbeat_age_ms: IntGauge,
+    memory_total: IntGauge,
+    memory_used: IntGauge,
+    cpu_millis: IntGauge,
+    processes: IntGauge,
+    pressure: IntGaugeVec,
+    pub(crate) heartbeats: IntCounter,
+    pub(crate) connections: IntCounter,
+    pub(crate) violations: IntCounter,
+    pub(crate) channels: ChannelCounters,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let registry = Registry::new();
+        let gauge = |name: &str, help: &str| registered(&registry, IntGauge::with_opts(Opts::new(name, help)));
+        let gauges = |name: &str, help: &str, label: &str| {
+            registered(&registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
+        };
+        let counter = |name: &str, help: &str| registered(&registry, IntCounter::with_opts(Opts::new(name, help)));
+        let bytes = registered(
+            &registry,
+            IntCounterVec::new(
+                Opts::new("far_node_channel_bytes_total", "Bytes of exec, cp and port-forward"),
+                &["direction"],
+            ),
+        );
+        let opened = registered(
+            &registry,
+            IntCounterVec::new(
+                Opts::new(
+                    "far_node_channels_total",
+                    "exec, cp and port-forward calls that were opened",
+                ),
+                &["kind"],
+            ),
+        );
+        let open = gauges(
+            "far_node_channels",
+            "exec, cp and port-forward calls that are open",
+            "kind",
+        );
+        for kind in ChannelKind::ALL {
+            opened.with_label_values(&[kind.label()]);
+            open.with_label_values(&[kind.label()]);
+        }
+        Self {
+            agents: gauges("far_node_agents", "Attempts on this blade by phase", "phase"),
+            stale: gauge(
+                "far_node_heartbeat_stale_agents",
+                "Running agents whose last heartbeat is old",
+            ),
+            heartbeat_age_ms: gauge(
+                "far_node_heartbeat_age_milliseconds",
+                "Age of the oldest last heartbeat of a running agent",
+            ),
+            memory_total: gauge("far_node_guest_memory_bytes", "Memory of all guests, as they see it"),
+            memory_used: gauge(
+                "far_node_guest_memory_used_bytes",
+                "Memory that guests say is not available any more",
+            ),
+            cpu_millis: gauge(
+                "far_node_guest_cpu_millicores",
+                "CPU of all payloads between their last heartbeats",
+            ),
+            processes: gauge("far_node_guest_processes", "Processes and threads of all payloads"),
+            pressure: gauges(
+                "far_node_guest_pressure_max",
+                "Highest share of the last 10 s in which some tasks of a payload waited, hundredths of a percent",
+                "resource",
+            ),
+            heartbeats: counter("far_node_heartbeats_total", "Heartbeats of guests"),
+            connections: counter(
+                "far_node_control_connections_total",
+                "Control connections that said Hello and were taken",
+            ),
+            violations: counter(
+                "far_node_control_violations_total",
+                "Control connections cut because the guest broke the protocol",
+            ),
+            channels: ChannelCounters {
+                opened,
+                open,
+                refused: counter(
+                    "far_node_channels_refused_total",
+                    "Calls refused because too many were open on the agent",
+                ),
+                received: bytes.with_label_values(&["out"]),
+                sent: bytes.with_label_values(&["in"]),
+            },
+            registry,
+        }
+    }
+}
+
+/// Names are constants of this file: a clash is a bug that the first test finds.
+fn registered<T: prometheus::core::Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<T>) -> T {
+    let made = made.expect("the names and labels of this file are valid");
+    registry
+        .register(Box::new(made.clone()))
+        .expect("each name of this file is used once");
+    made
+}
+
+impl Metrics {
+    /// Prometheus' text format, with the sums over agents as of now.
+    #[must_use]
+    pub fn text(&self, blade: &Blade) -> String {
+        self.sum(blade);
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::warn!(%error, "metrics cannot be written");
+        }
+        String::from_utf8(text).unwrap_or_default()
+    }
+
+    fn sum(&self, blade: &Blade) {
+        let (entries, _) = blade.board.entries();
+        for (phase, label) in [
+            (Phase::Accepted, "accepted"),
+            (Phase::Preparing, "preparing"),
+            (Phase::Starting, "starting"),
+            (Phase::Running, "running"),
+            (Phase::Stopping, "stopping"),
+            (Phase::Ended, "ended"),
+        ] {
+            let count = entries
+                .iter()
+                .filter(|entry| entry.record.phase == phase && entry.record.forgotten_at.is_none())
+                .count();
+            self.agents.with_label_values(&[label]).set(whole(count as u64));
+        }
+        let (mut stale, mut age, mut total, mut used, mut cpu, mut processes) = (0, 0, 0_u64, 0_u64, 0, 0);
+        let mut pressure = [0; 3];
+        let now = blade.clock.now();
+        for entry in entries.iter().filter(|entry| !entry.record.is_ended()) {
+            stale += u64::from(entry.heartbeat_stale);
+            let Some(beat) = blade.guests.beat(&entry.record.identity.key) else {
+                continue;
+            };
+            age = age.max(now.saturating_sub(beat.at));
+            total = total.saturating_add(beat.memory_total_kib);
+            used = used.saturating_add(beat.memory_total_kib.saturating_sub(beat.memory_available_kib));
+            cpu += u64::from(beat.cpu_millis.unwrap_or(0));
+            processes += u64::from(beat.processes);
+            for (highest, one) in pressure.iter_mut().zip(&beat.pressure) {
+                *highest = (*highest).max(one.map_or(0, |one| one.some));
+            }
+        }
+        self.stale.set(whole(stale));
+        self.heartbeat_age_ms.set(whole(age));
+        self.memory_total.set(whole(total.saturating_mul(1024)));
+        self.memory_used.set(whole(used.saturating_mul(1024)));
+        self.cpu_millis.set(whole(cpu));
+        self.processes.set(whole(processes));
+        for (label, highest) in ["cpu", "memory", "io"].into_iter().zip(pressure) {
+            self.pressure.with_label_values(&[label]).set(i64::from(highest));
+        }
+    }
+}
+
+fn whole(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// Serves `GET /metrics` until `shutdown`.
+pub(crate) async fn serve(listener: TcpListener, blade: Arc<Blade>, shutdown: CancellationToken) -> Result<()> {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => {
+                let (stream, _) = match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) if connections.is_empty() => return Err(error).context("accepting on --metrics-listen"),
+                    Err(_) => continue,
+                };
+                let blade = blade.clone();
+                connections.spawn(async move {
+                    let service = service_fn(move |request| {
+                        let answer = answer(&request, &blade);
+                        async move { Ok::<_, Infallible>(answer) }
+                    });
+                    let serving = http1::Builder::new()
+                        .timer(TokioTimer::new())
+                        .keep_alive(false)
+                        .serve_connection(TokioIo::new(stream), service);
+                    // A client that breaks off or stalls is no concern of ours.
+                    let _ = tokio::time::timeout(REQUEST_LIMIT, serving).await;
+                });
+            }
+        }
+    }
+}
+
+fn answer<B>(request: &Request<B>, blade: &Blade) -> Response<Full<Bytes>> {
+    let (status, kind, text) = match (request.method().as_str(), request.uri().path()) {
+        ("GET", "/metrics") => (StatusCode::OK, prometheus::TEXT_FORMAT, blade.metrics.text(blade)),
+        ("GET", "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+        _ => (
+            StatusCode::NOT_FOUND,
+            "text/plain",
+            "GET /metrics or /healthz\n".to_owned(),
+        ),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert("content-type", hyper::header::HeaderValue::from_static(kind));
+    response
+}
