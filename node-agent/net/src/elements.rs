@@ -56,8 +56,15 @@ pub(crate) fn identity(place: &Place) -> Elements {
     let lasting = lasting_mark(place).to_ne_bytes().to_vec();
     let counter = |key: Vec<u8>| vec![Element::running(key, Expression::Counter { packets: 0, bytes: 0 })];
     let mut elements = vec![];
-    for counted in ["sent", "received", "spoofed", "limited", "denied"] {
+    for counted in ["sent", "limited", "denied"] {
         elements.push((INET, counted, counter(lasting.clone())));
+    }
+    let table = match place.wiring {
+        Wiring::Routed => INET,
+        Wiring::Bridged => BRIDGE,
+    };
+    for counted in ["received", "spoofed"] {
+        elements.push((table, counted, counter(name.clone())));
     }
     match place.wiring {
         Wiring::Routed => {
@@ -82,8 +89,6 @@ pub(crate) fn identity(place: &Place) -> Elements {
             elements.push((INET, "source4", vec![source4]));
         }
         Wiring::Bridged => {
-            elements.push((BRIDGE, "spoofed", counter(name.clone())));
-            elements.push((BRIDGE, "received", counter(name.clone())));
             elements.push((BRIDGE, "neighbor6", neighbor6));
             elements.push((BRIDGE, "sender", vec![sender(place.guest.address)]));
             elements.push((BRIDGE, "source6", source6));

@@ -92,16 +92,20 @@ impl Links {
             &link_header(index, UP, UP, 0),
             |_| {},
         );
-        let addresses = [Some(IpAddr::V4(place.address)), place.address6.map(IpAddr::V6)];
-        for address in addresses.into_iter().flatten() {
-            let what = format!("making the neighbour {address} on {tap}");
+        // Routes are looked up by the slot's address; neighbours are by the guest's, which packets have by then.
+        let both = [
+            Some((IpAddr::V4(place.address), IpAddr::V4(place.guest.address))),
+            place.address6.map(IpAddr::V6).zip(place.guest.address6.map(IpAddr::V6)),
+        ];
+        for (address, guest) in both.into_iter().flatten() {
+            let what = format!("making the neighbour {guest} on {tap}");
             // `struct ndmsg`: family, padding, index, state, flags, type.
             let mut header = [0; 12];
             header[0] = family(address).0;
             header[4..8].copy_from_slice(&index.to_ne_bytes());
             header[8..10].copy_from_slice(&libc::NUD_PERMANENT.to_ne_bytes());
             messages.add(what, libc::RTM_NEWNEIGH, CREATE | REPLACE, &header, |to| {
-                to.put(libc::NDA_DST, &bytes(address)).put(libc::NDA_LLADDR, &place.guest.mac);
+                to.put(libc::NDA_DST, &bytes(guest)).put(libc::NDA_LLADDR, &place.guest.mac);
             });
             let what = format!("routing {address} to {tap}");
             messages.add(what, libc::RTM_NEWROUTE, CREATE | REPLACE, &route_header(address), |to| {

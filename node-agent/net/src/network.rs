@@ -456,16 +456,17 @@ impl Network {
         let place = state.attached.get(&slot.number()).ok_or(none)?.place.clone();
         let key = elements::lasting_mark(&place).to_ne_bytes();
         let name = table::name_key(place.tap.as_str());
-        let is_bridged = place.wiring == Wiring::Bridged;
+        let table = match place.wiring {
+            Wiring::Routed => INET,
+            Wiring::Bridged => BRIDGE,
+        };
         let mut of = |table, set, key: &[u8]| -> Result<Count, NetworkError> {
             Ok(state.nft.element(table, set, key)?.map_or(Count::default(), |seen| Count::of(&seen)))
         };
-        let link = |inet: &'static str| if is_bridged { (BRIDGE, inet, name.as_slice()) } else { (INET, inet, key.as_slice()) };
-        let (received, spoofed) = (link("received"), link("spoofed"));
         Ok(Counters {
             sent: of(INET, "sent", &key)?,
-            received: of(received.0, received.1, received.2)?,
-            spoofed: of(spoofed.0, spoofed.1, spoofed.2)?,
+            received: of(table, "received", &name)?,
+            spoofed: of(table, "spoofed", &name)?,
             limited: of(INET, "limited", &key)?,
             denied: of(INET, "denied", &key)?,
         })

@@ -91,8 +91,8 @@ pub(crate) const SETS: &[(Table, SetKind)] = &[
     (INET, set("connects_over", &[MARK])),
     (INET, set("connections_over", &[MARK])),
     (INET, set("sent", &[MARK])),
-    (INET, set("received", &[MARK])),
-    (INET, set("spoofed", &[MARK])),
+    (INET, set("received", &[IFNAME])),
+    (INET, set("spoofed", &[IFNAME])),
     (INET, set("limited", &[MARK])),
     (INET, set("denied", &[MARK])),
     (ARP, set("sender", &[IFNAME, ETHER, ETHER, IPV4])),
@@ -226,17 +226,18 @@ fn chains() -> Vec<Chain> {
     let on = |prefix: &str, key, verdict| [name_begins(prefix, key), vec![end(verdict)]].concat();
     vec![
         plain(INET, "spoofed", vec![
-            [vm_of(Meta::InName), count("spoofed")].concat(),
+            vec![load(Meta::InName, R0), look("spoofed", R0)],
             vec![end(Drop)],
         ]),
-        plain(INET, "limited", vec![[load_mark(), count("limited")].concat(), vec![end(Drop)]]),
-        plain(INET, "denied", vec![[load_mark(), count("denied")].concat(), vec![end(Drop)]]),
+        plain(INET, "limited", vec![[load_mark(), vec![look("limited", R0)]].concat(), vec![end(Drop)]]),
+        plain(INET, "denied", vec![[load_mark(), vec![look("denied", R0)]].concat(), vec![end(Drop)]]),
         plain(INET, "guest", guest()),
         plain(INET, "to_host", to_host()),
         plain(INET, "to_guest", vec![
             [state(STATE_ANSWER), vec![Expression::CtMark { to: R0 }, look("live", R0), end(Accept)]].concat(),
             vec![end(Drop)],
         ]),
+        plain(INET, "let", let_out()),
         plain(INET, "egress", egress()),
         plain(INET, "deliver", deliver()),
         hooked(INET, "from_guest", "filter", PREROUTING, RAW, vec![on(ROUTED_PREFIX, Meta::InName, Goto("guest"))]),
@@ -253,7 +254,7 @@ fn chains() -> Vec<Chain> {
             [name_begins(ROUTED_PREFIX, Meta::InName), arp_sender(), vec![look_absent("sender", R0), end(Drop)]].concat(),
         ]),
         plain(BRIDGE, "spoofed", vec![
-            vec![load(Meta::InName, R0), look("spoofed", R0), end(Drop)],
+            vec![load(Meta::InName, R0), look("spoofed", R0)],
             vec![end(Drop)],
         ]),
         plain(BRIDGE, "port", port()),
@@ -266,6 +267,20 @@ fn chains() -> Vec<Chain> {
             vec![load(Meta::OutName, R0), look("received", R0)],
         ]),
     ]
+}
+
+/// Answers are let in by the connection's mark, while the policy that it names is in force.
+fn let_out() -> Vec<Vec<Expression>> {
+    vec![
+        unclassed(),
+        vec![load(Meta::Mark, R0), Expression::SetCtMark { from: R0 }, end(Verdict::Accept)],
+    ]
+}
+
+/// A class's mark becomes the packet's again.
+fn unclassed() -> Vec<Expression> {
+    let mask = Expression::Mask { register: R0, mask: 0xffff_ff00, xor: MARK_BYTE.into() };
+    vec![load(Meta::Mark, R0), mask, Expression::SetMark { from: R0 }]
 }
 
 /// From a routed tap, before connection tracking.
@@ -281,7 +296,7 @@ fn guest() -> Vec<Vec<Expression>> {
     ];
     rules.extend(neighbor_rules(ipv6()));
     rules.extend([
-        [load_mark(), count("sent")].concat(),
+        [load_mark(), vec![look("sent", R0)]].concat(),
         [ipv4(), vec![load(Meta::InName, R0), value("inward4", R0), rewrite4(12)]].concat(),
         [ipv6(), vec![load(Meta::InName, R0), payload(Base::Network, 8, 16, R0 + 4), value("inward6", R0), rewrite6(8)]]
             .concat(),
@@ -359,37 +374,47 @@ fn egress() -> Vec<Vec<Expression>> {
     let denied = || end(Verdict::Goto("denied"));
     let limited = || end(Verdict::Goto("limited"));
     let accept = || end(Verdict::Accept);
-    // Answers are let in by this mark, while the policy that it names is in force. It stays on connections to pinned
-    // addresses, which outlive the pin.
-    let remember = || vec![load(Meta::Mark, R0), Expression::SetCtMark { from: R0 }, accept()];
-    let protocol_port = || {
-        vec![load(Meta::Protocol, R0 + 1), payload(Base::Transport, 2, 2, R0 + 2), look("ports", R0)]
-    };
     let mut rules = vec![
         bridged_limits(),
-        [vec![load(Meta::InName, R0), look("bridges", R0)], load_mark(), count("sent")].concat(),
+        [vec![load(Meta::InName, R0), look("bridges", R0)], load_mark(), vec![look("sent", R0)]].concat(),
         [state(STATE_INVALID), vec![denied()]].concat(),
         [ipv4(), vec![payload(Base::Network, 16, 4, R0), look("never4", R0), denied()]].concat(),
         [ipv6(), vec![payload(Base::Network, 24, 16, R0), look("never6", R0), denied()]].concat(),
         [state(STATE_NEW), load_mark(), vec![look("connects_over", R0), limited()]].concat(),
         [state(STATE_NEW), load_mark(), vec![look("connections_over", R0), limited()]].concat(),
     ];
-    for (is_family, offset, length, pins, cidrs, private) in [
-        (ipv4(), 16, 4, "pins4", "egress4", "private4"),
-        (ipv6(), 24, 16, "pins6", "egress6", "private6"),
-    ] {
-        let destination = || vec![load(Meta::Mark, R0), payload(Base::Network, offset, length, R0 + 1)];
-        for set in [pins, cidrs] {
-            rules.push([is_family.clone(), destination(), vec![value(set, R0)], protocol_port(), remember()].concat());
+    // The destination turns the mark into its class for a moment; the class has the ports. A class that does not fit is
+    // turned back, and the next is tried.
+    for (set4, set6) in [("pins4", "pins6"), ("egress4", "egress6")] {
+        for (is_family, set, offset, length) in [(ipv4(), set4, 16, 4), (ipv6(), set6, 24, 16)] {
+            let class = vec![
+                load(Meta::Mark, R0),
+                payload(Base::Network, offset, length, R0 + 1),
+                value(set, R0),
+                Expression::SetMark { from: R0 },
+            ];
+            rules.push([is_family, class].concat());
         }
+        rules.push(vec![
+            load(Meta::Mark, R0),
+            load(Meta::Protocol, R0 + 1),
+            payload(Base::Transport, 2, 2, R0 + 2),
+            look("ports", R0),
+            end(Verdict::Goto("let")),
+        ]);
+        rules.push(unclassed());
+    }
+    for (is_family, private, offset, length) in [(ipv4(), "private4", 16, 4), (ipv6(), "private6", 24, 16)] {
         let open = vec![
             load(Meta::Mark, R0),
             look("open", R0),
             payload(Base::Network, offset, length, R0),
             look_absent(private, R0),
+            end(Verdict::Goto("let")),
         ];
-        rules.push([is_family, open, remember()].concat());
+        rules.push([is_family, open].concat());
     }
+    // What was let stays so under the policy that let it: a connection to a pinned address outlives the pin.
     rules.push([state(STATE_ANSWER), vec![Expression::CtMark { to: R0 }, look("live", R0), accept()]].concat());
     rules.push(vec![denied()]);
     rules
@@ -398,7 +423,7 @@ fn egress() -> Vec<Vec<Expression>> {
 /// To a routed tap, after everything else.
 fn deliver() -> Vec<Vec<Expression>> {
     vec![
-        [vm_of(Meta::OutName), count("received")].concat(),
+        vec![load(Meta::OutName, R0), look("received", R0)],
         [ipv4(), vec![load(Meta::OutName, R0), value("outward4", R0), rewrite4(16)]].concat(),
         [
             ipv6(),
@@ -416,7 +441,7 @@ const STATE_NEW: u32 = 8;
 fn state(bits: u32) -> Vec<Expression> {
     vec![
         Expression::CtState { to: R0 },
-        Expression::Mask { register: R0, mask: bits.to_ne_bytes().to_vec() },
+        Expression::Mask { register: R0, mask: bits, xor: 0 },
         Expression::Compare { register: R0, is_equal: false, value: 0_u32.to_ne_bytes().to_vec() },
     ]
 }
@@ -442,23 +467,14 @@ fn vm_of(key: Meta) -> Vec<Expression> {
 fn is_marked() -> Vec<Expression> {
     vec![
         load(Meta::Mark, R0),
-        Expression::Mask { register: R0, mask: 0xff_u32.to_ne_bytes().to_vec() },
+        Expression::Mask { register: R0, mask: 0xff, xor: 0 },
         compare(R0, &u32::from(MARK_BYTE).to_ne_bytes()),
     ]
 }
 
 /// The mark without the policy's generation.
 fn load_mark() -> Vec<Expression> {
-    vec![load(Meta::Mark, R0), lasting()]
-}
-
-fn lasting() -> Expression {
-    Expression::Mask { register: R0, mask: LASTING.to_ne_bytes().to_vec() }
-}
-
-/// Counts in the element of the mark in the first register.
-fn count(set: &'static str) -> Vec<Expression> {
-    vec![lasting(), look(set, R0)]
+    vec![load(Meta::Mark, R0), Expression::Mask { register: R0, mask: LASTING, xor: 0 }]
 }
 
 fn source4() -> Vec<Expression> {

@@ -83,7 +83,7 @@ fn the_world_beyond_the_list_metadata_private_ranges_guests_and_the_blade_are_de
         return;
     }
     let blade = Blade::new(Options::default());
-    let (other, _other_tap, _) = guest(&blade, restricted(&["0.0.0.0/0"]));
+    let (other, mut other_tap, other_from) = guest(&blade, restricted(&["0.0.0.0/0"]));
     let (place, mut tap, from) = guest(&blade, restricted(&["203.0.113.0/24", "0.0.0.0/1"]));
     let frames = [
         from.udp(ELSEWHERE, ECHO, "not on the list"),
@@ -99,5 +99,7 @@ fn the_world_beyond_the_list_metadata_private_ranges_guests_and_the_blade_are_de
     tap.send(&from.udp(other.address, ECHO, "guest to guest"));
     tap.send(&from.udp(WORLD, ECHO, "after"));
     assert_eq!(tap.receive_echo("the echo"), "192.0.2.2 after");
-    assert_eq!(blade.network.counters(other.slot).unwrap().received.packets, 0);
+    aim(&blade.path(), other.tap.as_str());
+    other_tap.send(&other_from.udp(WORLD, ECHO, "other"));
+    assert_eq!(other_tap.receive_echo("the first that the other guest gets"), "192.0.2.2 other");
 }

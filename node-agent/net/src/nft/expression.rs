@@ -10,7 +10,6 @@ const VERDICT: u32 = 0;
 /// What `meta` loads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Meta {
-    EtherType = 1,
     Mark = 3,
     InName = 6,
     OutName = 7,
@@ -31,8 +30,6 @@ pub(crate) enum Base {
 pub(crate) enum Verdict {
     Drop,
     Accept,
-    Return,
-    Jump(&'static str),
     Goto(&'static str),
 }
 
@@ -45,7 +42,8 @@ pub(crate) enum Expression {
     /// Changes an address in the network header; `header_sum` is the place of IPv4's checksum. The transport's follows.
     Rewrite { offset: u32, length: u32, header_sum: Option<u32>, from: u32 },
     Compare { register: u32, is_equal: bool, value: Vec<u8> },
-    Mask { register: u32, mask: Vec<u8> },
+    /// And, then exclusive or.
+    Mask { register: u32, mask: u32, xor: u32 },
     /// The rule goes on if the key is in the set (or not, if `is_absent`); a map's value goes `to` a register.
     Lookup { set: &'static str, key: u32, to: Option<u32>, is_absent: bool },
     CtState { to: u32 },
@@ -100,14 +98,13 @@ impl Expression {
                     nest.put(1, value);
                 })
             }
-            Self::Mask { register, mask } => {
-                let length = u32::try_from(mask.len()).expect("a mask is at most 16 bytes");
-                data.be32(1, *register).be32(2, *register).be32(3, length);
+            Self::Mask { register, mask, xor } => {
+                data.be32(1, *register).be32(2, *register).be32(3, 4);
                 data.nest(4, |nest| {
-                    nest.put(1, mask);
+                    nest.put(1, &mask.to_ne_bytes());
                 });
                 data.nest(5, |nest| {
-                    nest.put(1, &vec![0; mask.len()]);
+                    nest.put(1, &xor.to_ne_bytes());
                 })
             }
             Self::Lookup { set, key, to, is_absent } => {
@@ -136,9 +133,7 @@ fn write_verdict(verdict: Verdict, to: &mut Attributes) {
     let (code, chain) = match verdict {
         Verdict::Drop => (0, None),
         Verdict::Accept => (1, None),
-        Verdict::Jump(chain) => (-3_i32, Some(chain)),
-        Verdict::Goto(chain) => (-4, Some(chain)),
-        Verdict::Return => (-5, None),
+        Verdict::Goto(chain) => (-4_i32, Some(chain)),
     };
     to.nest(2, |nest| {
         nest.be32(1, code.cast_unsigned());

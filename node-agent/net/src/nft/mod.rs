@@ -76,6 +76,7 @@ pub(crate) const EVAL: u32 = 0x20;
 
 /// Names a type towards the `nft` program, which lists by it (libnftables' datatype.h). The kernel does not look at it.
 pub(crate) mod datatype {
+    pub(super) const INTEGER: u32 = 4;
     pub(crate) const IPV4: u32 = 7;
     pub(crate) const IPV6: u32 = 8;
     pub(crate) const ETHER: u32 = 9;
@@ -109,6 +110,33 @@ pub(crate) struct SetKind {
     pub(crate) flags: u32,
     /// What each element does when it is looked up.
     pub(crate) expression: Option<&'static str>,
+}
+
+impl SetKind {
+    /// `nft` 1.0.6 lists concatenations in a tree as those of another kind of set, and dies of it: to it, such a key is a
+    /// number.
+    fn key_type(&self) -> u32 {
+        match self.key {
+            [_, _, ..] if self.flags & INTERVAL != 0 => datatype::INTEGER,
+            key => datatype::concat(key),
+        }
+    }
+
+    /// How `nft` reads keys and values (NFTNL_UDATA_SET_KEYBYTEORDER, _DATABYTEORDER): kind, length, value each.
+    fn byte_orders(&self) -> Vec<u8> {
+        let order = |kind: u32| if matches!(kind, datatype::MARK | datatype::IFNAME) { 1_u32 } else { 2 };
+        let key = match self.key {
+            [one] => order(*one),
+            _ => 2,
+        };
+        let mut told = vec![0, 4];
+        told.extend(key.to_ne_bytes());
+        if let Some((kind, _)) = self.data {
+            told.extend([1, 4]);
+            told.extend(order(kind).to_ne_bytes());
+        }
+        told
+    }
 }
 
 /// One element.
@@ -253,12 +281,13 @@ impl Batch {
             to.text(1, table.name)
                 .text(2, set.name)
                 .be32(3, set.flags)
-                .be32(4, datatype::concat(set.key))
+                .be32(4, set.key_type())
                 .be32(5, bytes)
                 .be32(10, id);
             if let Some((kind, bytes)) = set.data {
                 to.be32(6, kind).be32(7, bytes);
             }
+            to.put(13, &set.byte_orders());
         });
     }
 
