@@ -5,18 +5,24 @@
 
 use crate::{
     plan::MAX_PATH,
-    rootfs::{Root, RootError, Symlinks},
+    rootfs::{Root, RootError, Symlinks, kind_of},
     users::User,
 };
 use far_proto::guest::{FileChunk, FileEntry};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
-    sys::stat::{Mode, fchmod},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::stat::{Mode, SFlag, fchmod},
     unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat},
 };
 use sha2::{Digest, Sha256};
-use std::{fs::File, io::Write, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+};
 
 /// All files of one agent together, bytes.
 const MAX_TOTAL: u64 = 8 << 20;
@@ -34,6 +40,7 @@ pub(crate) struct FileSpec {
     mode: u32,
     size: usize,
     sha256: [u8; 32],
+    sealed: bool,
 }
 
 /// What is wrong with a file; the texts become the agent's `start_error`.
@@ -123,6 +130,7 @@ pub(crate) fn check(entries: Vec<FileEntry>) -> Result<Vec<FileSpec>, FilesError
                 mode: entry.mode,
                 size,
                 sha256,
+                sealed: entry.sealed,
             })
         })
         .collect()
@@ -220,18 +228,82 @@ impl Uploads {
         Ok(())
     }
 
-    /// Writes all files, owned by the payload's user. Call after [`Self::verify`].
-    pub(crate) fn place(&self, root: &Root, owner: &User) -> Result<(), FilesError> {
-        for (index, (spec, content)) in self.specs.iter().zip(&self.contents).enumerate() {
-            write_file(root, Path::new(&spec.path), content, spec.mode, owner).map_err(|problem| {
-                FilesError::Place {
-                    index,
-                    path: spec.path.clone(),
-                    problem: crate::power::with_sources(&problem),
-                }
+    /// Writes all files, owned by the payload's user, and forgets their contents. Call after [`Self::verify`].
+    pub(crate) fn place(&mut self, root: &Root, owner: &User) -> Result<(), FilesError> {
+        for (index, (spec, content)) in self.specs.iter().zip(&mut self.contents).enumerate() {
+            let path = Path::new(&spec.path);
+            let placed = write_file(root, path, content, spec.mode, owner)
+                .and_then(|()| if spec.sealed { seal(root, path) } else { Ok(()) });
+            placed.map_err(|problem| FilesError::Place {
+                index,
+                path: spec.path.clone(),
+                problem: crate::power::with_sources(&problem),
             })?;
+            wipe(content);
         }
         Ok(())
+    }
+}
+
+/// Overwrites bytes that may be secret, and frees them.
+fn wipe(content: &mut Vec<u8>) {
+    content.fill(0);
+    // Otherwise the compiler may see that nobody reads the zeros.
+    std::hint::black_box(&content);
+    *content = Vec::new();
+}
+
+/// Mounts the file read-only at its own path. Others in this mount namespace and its copies can then neither write nor
+/// replace nor remove it.
+fn seal(root: &Root, path: &Path) -> Result<(), WriteError> {
+    let failed = |step| {
+        move |source: Errno| WriteError::Step {
+            step,
+            source: source.into(),
+        }
+    };
+    let at = || -> Result<_, WriteError> {
+        let fd = root
+            .open(path, OFlag::O_PATH, Mode::empty(), Symlinks::Refused)
+            .map_err(failed("sealing it"))?;
+        Ok((PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())), fd))
+    };
+    let (file, _fd) = at()?;
+    mount(Some(&file), &file, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed("sealing it"))?;
+    // Opened again: now the path leads to the new mount.
+    let (file, _fd) = at()?;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(None::<&str>, &file, None::<&str>, flags, None::<&str>).map_err(failed("sealing it"))
+}
+
+/// Overwrites and removes the files of a configuration after the payload's end. What the payload removed, replaced or
+/// made unreachable is left alone: it may lead anywhere, and the VM's memory ends with the VM.
+pub(crate) fn wipe_placed(root: &Root, specs: &[FileSpec]) {
+    for spec in specs {
+        let path = Path::new(&spec.path);
+        if spec.sealed
+            && let Ok(fd) = root.open(path, OFlag::O_PATH, Mode::empty(), Symlinks::Refused)
+        {
+            let mounted = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+            // The payload has no way to this mount, so it is ours; if it is not there, there is nothing to undo.
+            let _ = umount2(&mounted, MntFlags::MNT_DETACH);
+        }
+        let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let Ok(fd) = root.open(path, flags, Mode::empty(), Symlinks::Refused) else {
+            continue;
+        };
+        if kind_of(&fd) != Ok(SFlag::S_IFREG) {
+            continue;
+        }
+        let mut file = File::from(fd);
+        let length = file.metadata().map_or(0, |meta| meta.len()).min(MAX_TOTAL);
+        // Best effort, and in memory: a full tmpfs overwrites what it holds.
+        let _ = io::copy(&mut io::repeat(0).take(length), &mut file);
+        if let (Some(parent), Some(name)) = (path.parent(), path.file_name())
+            && let Ok(folder) = root.make_folders(parent, Symlinks::Refused)
+        {
+            let _ = unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir);
+        }
     }
 }
 

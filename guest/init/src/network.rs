@@ -2,7 +2,14 @@
 //!
 //! Nothing here may end PID 1: an agent without its NIC still has the control stream, and `Ready` says what is missing.
 
-use crate::{boot::BootReport, files, place::Place, plan::Link, rootfs::Root, users::User};
+use crate::{
+    boot::BootReport,
+    files,
+    place::Place,
+    plan::{Link, Plan},
+    rootfs::Root,
+    users::User,
+};
 use nix::{
     errno::Errno,
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
@@ -47,7 +54,7 @@ pub(crate) fn raise_loopback(place: &Place, boot: &mut BootReport) {
 }
 
 /// Configures the NIC that the blade described; every lack is a warning.
-pub(crate) fn configure(place: &Place, link: &Link, root: &Root, boot: &mut BootReport) {
+pub(crate) fn configure(place: &Place, link: &Link, boot: &mut BootReport) {
     if !place.is_guest() {
         return;
     }
@@ -73,20 +80,42 @@ pub(crate) fn configure(place: &Place, link: &Link, root: &Root, boot: &mut Boot
     for &gateway in &link.gateways {
         step(format!("default route by {gateway}"), default_route(index, gateway));
     }
-    if !link.name_servers.is_empty() {
-        let text: String = link
-            .name_servers
-            .iter()
-            .map(|server| format!("nameserver {server}\n"))
-            .collect();
-        let owner = User {
-            uid: 0,
-            gid: 0,
-            groups: vec![],
-            home: String::new(),
-        };
-        if let Err(error) = files::write_file(root, Path::new("/etc/resolv.conf"), text.as_bytes(), 0o644, &owner) {
-            boot.warn(format!("/etc/resolv.conf: {}", crate::power::with_sources(&error)));
+}
+
+/// /etc/hosts, /etc/hostname and /etc/resolv.conf of the payload: the image's own would be another machine's. Each lack is
+/// a warning.
+pub(crate) fn write_names(plan: &Plan, root: &Root, boot: &mut BootReport) {
+    let name = plan.hostname.as_str();
+    let mut hosts = String::from("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n");
+    let link = plan.link.as_ref();
+    let own = link
+        .and_then(|link| link.addresses.first())
+        .map(|(address, _)| address.to_string());
+    for word in [own.as_deref().unwrap_or("127.0.1.1"), " ", name, "\n", &plan.more_hosts] {
+        hosts.push_str(word);
+    }
+    let mut servers = String::new();
+    for server in link.map_or(&[][..], |link| &link.name_servers) {
+        servers.push_str("nameserver ");
+        servers.push_str(&server.to_string());
+        servers.push('\n');
+    }
+    let owner = User {
+        uid: 0,
+        gid: 0,
+        groups: vec![],
+        home: String::new(),
+    };
+    for (path, text) in [
+        ("/etc/hosts", hosts.as_str()),
+        ("/etc/hostname", &[name, "\n"].concat()),
+        ("/etc/resolv.conf", &servers),
+    ] {
+        // No name servers: the image's own file may name a local one.
+        if !text.is_empty()
+            && let Err(error) = files::write_file(root, Path::new(path), text.as_bytes(), 0o644, &owner)
+        {
+            boot.warn([path, ": ", &crate::power::with_sources(&error)].concat());
         }
     }
 }

@@ -6,8 +6,14 @@
 
 mod common;
 
-use common::{Blade, Child, Event};
-use far_proto::guest::{EnvVar, Exit, ExitAck, Stage, exit::How, host_message::Kind as ToGuest};
+use common::{
+    Blade, Child, Event,
+    host::{Host, exec},
+};
+use far_proto::guest::{
+    ChannelStream, EnvVar, Exec, Exit, ExitAck, Freeze, Reseed, SetTime, Shutdown, Stage, TerminalSize, Thaw,
+    TransferKind, channel_end, exit::How, host_message::Kind as ToGuest,
+};
 use std::{
     fs,
     io::Write,
@@ -478,4 +484,153 @@ fn environment_and_files_reach_a_real_guest() {
         "TOKEN=s3cret\n# Notes\n/task/notes.md mode=440 uid=4711 size=8\n"
     );
     assert!(!vm.console().contains("s3cret"), "no secret on the console");
+}
+
+#[test]
+fn a_real_guest_answers_exec_files_forward_time_entropy_and_freeze() {
+    const NAME: &str = "a_real_guest_answers_exec_files_forward_time_entropy_and_freeze";
+    let Some(mut vm) = vm(NAME, &["listen=80"]) else { return };
+    vm.blade.heartbeat_ms = 100;
+    vm.start();
+    let mut connection = vm.blade.accept().unwrap();
+    while vm.blade.text(0) != "listening\n" {
+        assert!(vm.blade.step(&mut connection).unwrap().is_some(), "{}", vm.console());
+    }
+    let mut host = Host::new(&mut vm.blade, &mut connection);
+
+    // Exec: in the payload's cgroup and root, with its code; and in a terminal whose size changes.
+    host.exec(1, &["/bin/payload", "cat=/proc/self/cgroup", "err=oops", "exit=17"]);
+    let heard = host.end(1);
+    assert_eq!(
+        heard.end.as_ref().unwrap().how,
+        Some(channel_end::How::Code(17)),
+        "{heard:?}"
+    );
+    assert_eq!(
+        (&heard.stdout[..], &heard.stderr[..]),
+        (&b"0::/payload\n"[..], &b"oops\n"[..])
+    );
+    let request = Exec {
+        terminal: Some(TerminalSize { rows: 24, columns: 80 }),
+        stdin: true,
+        ..exec(
+            2,
+            &[
+                "/bin/payload",
+                "tty-size",
+                "await-resize",
+                "tty-size",
+                "read-line",
+                "exit=0",
+            ],
+        )
+    };
+    host.open(2, ToGuest::Exec(request));
+    host.until("ready for a new size", |host| {
+        host.channels[&2].stdout.ends_with(b"waiting\r\n")
+    });
+    host.resize(2, 40, 120);
+    host.until("the new size", |host| host.channels[&2].stdout.ends_with(b"40x120\r\n"));
+    host.type_in(2, "moin\n");
+    let heard = host.end(2);
+    assert_eq!(heard.end.as_ref().unwrap().how, Some(channel_end::How::Code(0)));
+    assert_eq!(
+        String::from_utf8_lossy(&heard.stdout),
+        "24x80\r\nwaiting\r\n40x120\r\nmoin\r\nread moin\r\n"
+    );
+
+    // A folder goes in and comes out.
+    let content: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
+    host.put(3, "/work", "");
+    host.entry(3, TransferKind::Folder, "", 0o755, b"");
+    host.entry(3, TransferKind::File, "data", 0o640, &content);
+    host.entry(3, TransferKind::End, "", 0, b"");
+    assert_eq!(host.end(3).end.as_ref().unwrap().error, "");
+    let entries = &host.get(4, "/work").entries;
+    assert_eq!(entries.len(), 2);
+    assert!(entries[1].0.path == "data" && entries[1].0.mode == 0o640 && entries[1].1 == content);
+
+    // An echo through the payload's port.
+    host.forward(5, 80);
+    host.until("the connection", |host| {
+        host.channels[&5].opened.is_some() || host.channels[&5].end.is_some()
+    });
+    host.write(5, ChannelStream::Unspecified, &content, true);
+    let heard = host.end(5);
+    assert!(heard.plain == content, "{} bytes, {:?}", heard.plain.len(), heard.end);
+
+    // Clock and entropy: a jump backwards and forwards harms nothing.
+    let day_ns = 86_400_000_000_000;
+    for (id, unix_ns) in [
+        (1, day_ns),
+        (2, 4_000_000_000_000_000_000),
+        (3, 1_800_000_000_000_000_000),
+    ] {
+        host.send(ToGuest::SetTime(SetTime { id, unix_ns }));
+        assert_eq!(host.answer(id), "");
+        host.blade.last_heartbeat = None;
+        host.until("a heartbeat with the new clock", |host| {
+            let wall = host.blade.last_heartbeat.as_ref().map_or(0, |beat| beat.wall_unix_ns);
+            wall >= unix_ns && wall < unix_ns + day_ns
+        });
+    }
+    host.send(ToGuest::Reseed(Reseed {
+        id: 4,
+        entropy: vec![7; 64],
+    }));
+    assert_eq!(host.answer(4), "");
+    host.send(ToGuest::Reseed(Reseed {
+        id: 5,
+        entropy: vec![7; 31],
+    }));
+    assert_ne!(host.answer(5), "");
+
+    // Frozen, nothing of the payload runs; thawed, it goes on.
+    host.exec(6, &["/bin/payload", "count-to=1000000"]);
+    host.until("its lines", |host| host.channels[&6].stdout.len() > 20);
+    host.send(ToGuest::Freeze(Freeze { id: 6 }));
+    assert_eq!(host.answer(6), "");
+    let heartbeats = host.blade.heartbeats;
+    host.until("what was on its way", |host| host.blade.heartbeats > heartbeats + 2);
+    let (still, heartbeats) = (host.channels[&6].stdout.len(), host.blade.heartbeats);
+    host.until("time", |host| host.blade.heartbeats > heartbeats + 5);
+    assert_eq!(host.channels[&6].stdout.len(), still, "it stands still");
+    host.send(ToGuest::Thaw(Thaw { id: 7 }));
+    assert_eq!(host.answer(7), "");
+    host.until("more lines", |host| host.channels[&6].stdout.len() > still);
+
+    let beat = host.blade.last_heartbeat.clone().unwrap();
+    eprintln!("{beat:?}");
+    assert!(
+        beat.channels == 1 && beat.payload_memory_kib > 0 && beat.processes >= 2,
+        "{beat:?}"
+    );
+    connection.send(ToGuest::Shutdown(Shutdown { grace_s: 0 })).unwrap();
+    let exit = vm.blade.until_exit(&mut connection).unwrap();
+    assert_eq!(exit.how, Some(How::Signal(9)));
+    connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
+    vm.ends_well();
+}
+
+#[test]
+fn a_fork_bomb_meets_its_bound_and_the_guest_still_answers() {
+    const NAME: &str = "a_fork_bomb_meets_its_bound_and_the_guest_still_answers";
+    let Some(mut vm) = vm(NAME, &["out=up", "sleep=3600000"]) else {
+        return;
+    };
+    vm.memory_mib = 256;
+    vm.start();
+    let mut connection = vm.blade.accept().unwrap();
+    while vm.blade.text(0) != "up\n" {
+        assert!(vm.blade.step(&mut connection).unwrap().is_some(), "{}", vm.console());
+    }
+    let mut host = Host::new(&mut vm.blade, &mut connection);
+    host.exec(1, &["/bin/payload", "fork-bomb"]);
+    host.until("the bomb", |host| host.channels[&1].opened.is_some());
+    // Whatever the bomb does, the stop works: the memory limit may have ended the payload before.
+    connection.send(ToGuest::Shutdown(Shutdown { grace_s: 0 })).unwrap();
+    let exit = vm.blade.until_exit(&mut connection).unwrap();
+    assert_eq!(exit.how, Some(How::Signal(9)));
+    connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
+    vm.ends_well();
 }

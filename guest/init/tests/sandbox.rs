@@ -14,6 +14,7 @@ use far_proto::guest::{EnvVar, ExitAck, Shutdown, Signal, Stage, Welcome, exit::
 use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
+    path::PathBuf,
 };
 
 #[test]
@@ -419,6 +420,103 @@ fn heartbeats_come_while_the_payload_runs() {
         guest.blade.until_exit(&mut connection).unwrap().how,
         Some(How::Signal(9))
     );
+    connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
+    guest.ends_well();
+}
+
+#[test]
+fn names_limits_and_privileges_are_as_the_configuration_says() {
+    let args = [
+        "cat=/etc/hosts",
+        "cat=/etc/hostname",
+        "limit=7",
+        "status=NoNewPrivs",
+        "status=Groups",
+    ];
+    let Some(mut guest) = sandbox("names_limits_and_privileges_are_as_the_configuration_says", &args) else {
+        return;
+    };
+    fs::write(
+        guest.image().join("etc/group"),
+        "agent:x:1000:\naudio:x:29:agent\nvideo:x:44:x,agent\n",
+    )
+    .unwrap();
+    guest.blade.config.user = "agent".into();
+    guest.blade.config.hostname = "worker-1".into();
+    guest.blade.config.host_aliases = vec![far_proto::guest::HostAlias {
+        address: "10.1.2.3".into(),
+        names: vec!["db".into(), "db.example".into()],
+    }];
+    guest.blade.config.rlimits = vec![far_proto::guest::Rlimit {
+        kind: "nofile".into(),
+        soft: 100,
+        hard: 200,
+    }];
+    let exit = guest.run();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", guest.blade.text(1));
+    assert_eq!(
+        guest.blade.text(0),
+        "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 worker-1\n10.1.2.3 db db.example \n\
+         worker-1\n100 200\nNoNewPrivs:\t1\nGroups:\t29 44 \n"
+    );
+}
+
+#[test]
+fn new_privileges_are_possible_only_where_they_are_asked_for() {
+    let Some(mut guest) = sandbox(
+        "new_privileges_are_possible_only_where_they_are_asked_for",
+        &["status=NoNewPrivs"],
+    ) else {
+        return;
+    };
+    guest.blade.config.allow_new_privileges = true;
+    guest.run();
+    assert_eq!(guest.blade.text(0), "NoNewPrivs:\t0\n");
+}
+
+#[test]
+fn sealed_files_cannot_be_changed_even_by_a_payload_that_is_root() {
+    const NAME: &str = "sealed_files_cannot_be_changed_even_by_a_payload_that_is_root";
+    let args = [
+        "cat=/task/plan",
+        "cannot-write=/task/plan:evil",
+        "cannot-remove=/task/plan",
+        "write=/task/free:changed",
+        "cat=/task/plan",
+    ];
+    let Some(mut guest) = sandbox(NAME, &args) else { return };
+    guest.blade.files = vec![
+        ("/task/plan".into(), 0o644, b"the plan\n".to_vec()),
+        ("/task/free".into(), 0o644, b"free\n".to_vec()),
+    ];
+    guest.blade.sealed = vec!["/task/plan".into()];
+    let exit = guest.run();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", guest.blade.text(1));
+    assert_eq!(guest.blade.text(0), "the plan\nthe plan\n");
+}
+
+#[test]
+fn secrets_are_overwritten_and_gone_when_the_payload_ended() {
+    const NAME: &str = "secrets_are_overwritten_and_gone_when_the_payload_ended";
+    let Some(mut guest) = sandbox(NAME, &["stat=/task/key", "exit=0"]) else {
+        return;
+    };
+    let secret = b"hunter2-hunter2-hunter2".to_vec();
+    guest.blade.files = vec![
+        ("/task/key".into(), 0o400, secret.clone()),
+        ("/task/sealed".into(), 0o400, secret),
+    ];
+    guest.blade.sealed = vec!["/task/sealed".into()];
+    guest.start();
+    let mut connection = guest.blade.accept().unwrap();
+    let exit = guest.blade.until_exit(&mut connection).unwrap();
+    assert_eq!(exit.how, Some(How::Code(0)), "{}", guest.blade.text(1));
+    // Not acknowledged yet: far-init is still there, and its root with it.
+    let pid = guest.init_pid();
+    let task = PathBuf::from(format!("/proc/{pid}/root"))
+        .join(guest.folder.path().strip_prefix("/").unwrap())
+        .join("run/far/root/task");
+    assert_eq!(fs::read_dir(&task).unwrap().count(), 0, "{}", task.display());
     connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
     guest.ends_well();
 }

@@ -43,6 +43,16 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         "await-no-zombies" => until(|| zombies() == 0),
         "fork-bomb" => fork_bomb(),
         "write" => write_file(value),
+        "cannot-write" => match write_file(value) {
+            Ok(()) => Err("it could be written".into()),
+            Err(_) => Ok(()),
+        },
+        "cannot-remove" => match fs::remove_file(value) {
+            Ok(()) => Err("it could be removed".into()),
+            Err(_) => Ok(()),
+        },
+        "limit" => limit(number(value)?),
+        "status" => status(value),
         "orphan" => orphan(number(value)?),
         "power-off" => power_off(),
         "sysrq" => fs::write("/proc/sysrq-trigger", value).map_err(text),
@@ -192,6 +202,30 @@ fn listen(port: &str) -> Result<(), String> {
 fn write_file(value: &str) -> Result<(), String> {
     let (path, content) = value.split_once(':').ok_or("not path:text")?;
     fs::write(path, content).map_err(text)
+}
+
+/// Soft and hard resource limit by its number.
+fn limit(resource: u64) -> Result<(), String> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let resource = libc::__rlimit_resource_t::try_from(resource).map_err(text)?;
+    // SAFETY: the kernel writes one rlimit to the pointer.
+    if unsafe { libc::getrlimit(resource, &mut limit) } != 0 {
+        return Err(io::Error::last_os_error().to_string());
+    }
+    writeln!(io::stdout(), "{} {}", limit.rlim_cur, limit.rlim_max).map_err(text)
+}
+
+/// A line of /proc/self/status.
+fn status(field: &str) -> Result<(), String> {
+    let table = fs::read_to_string("/proc/self/status").map_err(text)?;
+    let line = table
+        .lines()
+        .find(|line| line.starts_with(field))
+        .ok_or("no such line")?;
+    writeln!(io::stdout(), "{line}").map_err(text)
 }
 
 /// `count` processes whose parent is gone when they end, so that PID 1 has to reap them.

@@ -268,8 +268,9 @@ impl Session<'_> {
             .as_ref()
             .map_err(|error| (NOT_EXECUTABLE, format!("spec.image: {}", with_sources(error))))?;
         if let Some(link) = &plan.link {
-            network::configure(self.place, link, root, &mut self.boot);
+            network::configure(self.place, link, &mut self.boot);
         }
+        network::write_names(plan, root, &mut self.boot);
         self.boot.done("network");
         let failed = |error: payload::StartError| (error.code(), with_sources(&error));
         let user = payload::identity(root, &plan.user).map_err(failed)?;
@@ -294,6 +295,7 @@ impl Session<'_> {
         self.state = State::Running(Box::new(Running {
             pid: started.pid,
             companion,
+            files: plan.files.clone(),
             pipes: started.pipes,
             ended: None,
             stop: None,

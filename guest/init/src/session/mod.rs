@@ -19,7 +19,7 @@ use crate::{
         connection::{Link, Progress},
         outbox::{Channel, Outbox, OutboxError},
     },
-    files::Uploads,
+    files::{self, FileSpec, Uploads},
     logs::Pipes,
     machine::Stillness,
     place::Place,
@@ -65,6 +65,7 @@ struct Offer {
 struct Running {
     pid: Pid,
     companion: Companion,
+    files: Vec<FileSpec>,
     pipes: Pipes,
     ended: Option<(Ended, u64)>,
     stop: Option<Stop>,
@@ -363,6 +364,9 @@ impl<'a> Session<'a> {
         let Some((ended, finished_unix_ns)) = running.ended.filter(|_| running.pipes.are_drained()) else {
             return;
         };
+        if let Ok(root) = &self.root {
+            files::wipe_placed(root, &running.files);
+        }
         let [last_stdout_seq, last_stderr_seq] = self.outbox.last();
         let (how, core_dumped) = match ended.how {
             How::Exited { code } => (exit::How::Code(code), false),

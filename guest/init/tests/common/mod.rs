@@ -35,6 +35,8 @@ pub struct Blade {
     listener: UnixListener,
     pub config: Config,
     pub files: Vec<(String, u32, Vec<u8>)>,
+    /// Paths of `files` that are sealed.
+    pub sealed: Vec<String>,
     pub window: u32,
     pub heartbeat_ms: u32,
     pub hellos: Vec<Hello>,
@@ -76,6 +78,7 @@ impl Blade {
             listener: UnixListener::bind(socket)?,
             config,
             files: vec![],
+            sealed: vec![],
             window: 64 << 10,
             heartbeat_ms: 0,
             hellos: vec![],
@@ -135,7 +138,7 @@ impl Blade {
                 mode: *mode,
                 size: data.len() as u64,
                 sha256: Sha256::digest(data).to_vec(),
-                ..FileEntry::default()
+                sealed: self.sealed.contains(path),
             }));
         connection.send(ToGuest::Config(config))?;
         for (file, (_, _, data)) in self.files.iter().enumerate() {

@@ -61,6 +61,13 @@ impl Sandbox {
         self.init = Some(Child(child));
     }
 
+    /// far-init's process id as this machine counts: the only child of `unshare`.
+    pub fn init_pid(&self) -> u32 {
+        let unshare = self.init.as_ref().unwrap().0.id();
+        let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
+        children.trim().parse().unwrap()
+    }
+
     /// Runs to the acknowledged exit and checks that far-init ended well.
     pub fn run(&mut self) -> Exit {
         self.start();
