@@ -13,6 +13,7 @@ Exit codes:
   1    failed, or the answer is no (far wait: the agent failed; far doctor: something needed is missing)
   2    wrong usage
   far run exits as the agent does: its exit code, 128 + n for signal n, 125 when there is no exit code, 130 after Ctrl-C
+  far exec exits as the command does, in the same way; 126 and 127 when it could not be started
 
 Kubeconfig: --kubeconfig, else $KUBECONFIG, else the one of `far up` where there is one, else ~/.kube/config";
 
@@ -74,6 +75,17 @@ pub(crate) enum Command {
     /// Run the agent in a file, stream its output and exit with its exit code
     #[command(after_help = RUN_EXAMPLES)]
     Run(RunArgs),
+    /// Run a command in a running agent
+    #[command(after_help = crate::exec::EXAMPLES)]
+    Exec(crate::exec::ExecArgs),
+    /// Copy files and folders into and out of a running agent
+    #[command(after_help = crate::cp::EXAMPLES)]
+    Cp(crate::cp::CpArgs),
+    /// Reach a port of a running agent under 127.0.0.1
+    #[command(after_help = crate::forward::EXAMPLES)]
+    PortForward(crate::forward::ForwardArgs),
+    /// Show what running agents use
+    Top(crate::top::TopArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -100,6 +112,14 @@ pub(crate) enum PluginCommand {
     /// Run the agent in a file, stream its output and exit with its exit code
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
+    /// Run a command in a running agent
+    Exec(crate::exec::ExecArgs),
+    /// Copy files and folders into and out of a running agent
+    Cp(crate::cp::CpArgs),
+    /// Reach a port of a running agent under 127.0.0.1
+    PortForward(crate::forward::ForwardArgs),
+    /// Show what running agents use
+    Top(crate::top::TopArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

@@ -32,9 +32,14 @@ impl Outcome {
 #[error("running the agent")]
 pub(crate) struct RunFailed;
 
+/// `far exec` itself failed: not to be taken for the command's exit code 1.
+#[derive(Debug, thiserror::Error)]
+#[error("running the command")]
+pub(crate) struct ExecFailed;
+
 /// The exit code of a command that failed.
 pub(crate) fn code_of(error: &anyhow::Error) -> ExitCode {
-    if error.downcast_ref::<RunFailed>().is_some() {
+    if error.downcast_ref::<RunFailed>().is_some() || error.downcast_ref::<ExecFailed>().is_some() {
         ExitCode::from(NO_EXIT_CODE)
     } else {
         ExitCode::FAILURE

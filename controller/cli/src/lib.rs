@@ -8,16 +8,20 @@
 mod apply;
 mod args;
 mod cluster;
+mod cp;
 mod daemons;
 mod delete;
 mod describe;
 mod doctor;
 mod documents;
 mod down;
+mod exec;
 mod exit;
 mod folders;
+mod forward;
 mod get;
 mod image;
+mod inside;
 mod kinds;
 mod logs;
 mod node;
@@ -27,6 +31,9 @@ mod processes;
 mod run;
 mod status;
 mod table;
+mod terminal;
+mod top;
+mod tree;
 mod up;
 mod wait;
 
@@ -63,6 +70,10 @@ pub fn far() -> ExitCode {
             Command::Wait(args) => wait::wait(&cluster, &args).await,
             Command::Logs(args) => logs::logs(&cluster, &folders, &args).await,
             Command::Run(args) => run::run(&cluster, &folders, &args).await,
+            Command::Exec(args) => exec::exec(&cluster, &folders, &args).await,
+            Command::Cp(args) => cp::cp(&cluster, &folders, &args).await,
+            Command::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
+            Command::Top(args) => top::top(&cluster, &folders, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
@@ -82,6 +93,10 @@ pub fn kubectl_far() -> ExitCode {
         match plugin.command {
             PluginCommand::Logs(args) => logs::logs(&cluster, &folders, &args).await,
             PluginCommand::Run(args) => run::run(&cluster, &folders, &args).await,
+            PluginCommand::Exec(args) => exec::exec(&cluster, &folders, &args).await,
+            PluginCommand::Cp(args) => cp::cp(&cluster, &folders, &args).await,
+            PluginCommand::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
+            PluginCommand::Top(args) => top::top(&cluster, &folders, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use far_proto::node::node_client::NodeClient;
+use far_proto::node::{inside_client::InsideClient, node_client::NodeClient};
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -27,6 +27,10 @@ impl NodeError {
         matches!(self, Self::Refused { status, .. } if status.code() == tonic::Code::NotFound)
     }
 
+    pub(crate) fn is_not_running(&self) -> bool {
+        matches!(self, Self::Refused { status, .. } if status.code() == tonic::Code::FailedPrecondition)
+    }
+
     /// Turns a call's status into an error that names the call.
     pub(crate) fn of(what: impl Into<String>) -> impl FnOnce(tonic::Status) -> Self {
         let what = what.into();
@@ -39,6 +43,17 @@ impl NodeError {
 
 /// Connects to the node agent at this socket.
 pub(crate) async fn connect(socket: &Path) -> Result<NodeClient<Channel>, NodeError> {
+    let channel = channel(socket).await?;
+    Ok(NodeClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+}
+
+/// Connects to what people do inside the agents of this machine's blade.
+pub(crate) async fn connect_inside(socket: &Path) -> Result<InsideClient<Channel>, NodeError> {
+    let channel = channel(socket).await?;
+    Ok(InsideClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+}
+
+async fn channel(socket: &Path) -> Result<Channel, NodeError> {
     if !socket.exists() {
         return Err(NodeError::NoSocket {
             socket: socket.to_path_buf(),
@@ -50,14 +65,13 @@ pub(crate) async fn connect(socket: &Path) -> Result<NodeClient<Channel>, NodeEr
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     });
     // The address is only the request's authority; the connector ignores it.
-    let channel = Endpoint::from_static("http://node.far")
+    Endpoint::from_static("http://node.far")
         .connect_with_connector(connector)
         .await
         .map_err(|source| NodeError::Connect {
             socket: socket.to_path_buf(),
             source,
-        })?;
-    Ok(NodeClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+        })
 }
 
 #[cfg(test)]
