@@ -12,9 +12,10 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     args::LogsArgs,
-    cluster::Cluster,
+    cluster::{Api, Cluster},
     exit::Outcome,
     folders::Folders,
+    kinds,
     node::{self, NodeError},
     output,
     wait::{self, FINAL_PHASES},
@@ -125,9 +126,9 @@ pub(crate) async fn logs(cluster: &Cluster, folders: &Folders, args: &LogsArgs) 
         .into(),
         since: args.since.map(Since::timestamp),
     };
-    let is_over = FINAL_PHASES.contains(&wait::phase(&agent));
     let mut printer = Printer::new(args.timestamps);
-    match stream(folders, request, args.follow && !is_over, |chunk| {
+    let is_coming = async || args.follow && is_coming(&api, &boot).await;
+    match stream(folders, request, is_coming, |chunk| {
         output::bytes(&printer.format(chunk));
     })
     .await
@@ -137,14 +138,29 @@ pub(crate) async fn logs(cluster: &Cluster, folders: &Folders, args: &LogsArgs) 
     }
 }
 
-/// Passes each chunk to `take` until the output ends. `is_coming`: an attempt that the blade has not heard of yet will come.
+/// Whether a blade that does not know this boot may still hear of it: the agent is there, has not ended, and has neither
+/// lost its blade nor got another attempt.
+pub(crate) async fn is_coming(api: &Api, boot: &Boot) -> bool {
+    let path = kinds::far_agent().path(&api.namespace, &boot.identity.name);
+    match api.get::<Value>(&path).await {
+        Ok(agent) => is_still(&agent, boot),
+        Err(error) => error.is_passing(),
+    }
+}
+
+fn is_still(agent: &Value, boot: &Boot) -> bool {
+    Boot::of(agent).as_ref() == Some(boot) && !FINAL_PHASES.contains(&wait::phase(agent))
+}
+
+/// Passes each chunk to `take` until the output ends. `is_coming` is asked when the blade does not know the attempt.
 pub(crate) async fn stream(
     folders: &Folders,
     request: LogsRequest,
-    is_coming: bool,
+    is_coming: impl AsyncFn() -> bool,
     mut take: impl FnMut(&LogChunk),
 ) -> Result<(), NodeError> {
     let mut client = node::connect(&folders.node_socket()).await?;
+    let mut may_come = true;
     let mut chunks = loop {
         match client
             .logs(request.clone())
@@ -152,7 +168,13 @@ pub(crate) async fn stream(
             .map_err(NodeError::of("reading the output"))
         {
             Ok(chunks) => break chunks.into_inner(),
-            Err(error) if error.is_not_found() && is_coming => tokio::time::sleep(AGAIN).await,
+            // Once more after the last yes: it may have come and ended between the two questions.
+            Err(error) if error.is_not_found() && may_come => {
+                may_come = is_coming().await;
+                if may_come {
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
             Err(error) => return Err(error),
         }
     };
@@ -295,6 +317,26 @@ mod tests {
         }
         let boot = Boot::of(&agent(json!({"nodeName": "b", "attempt": 2}))).unwrap();
         assert_eq!((boot.identity.attempt, boot.blade.as_str()), (2, "b"));
+    }
+
+    #[test]
+    fn an_attempt_is_waited_for_only_while_the_agent_has_it() {
+        let agent = |phase: &str, blade: &str, attempt: u32, uid: &str| {
+            json!({"metadata": {"uid": uid, "name": "a", "namespace": "n"},
+                "status": {"phase": phase, "nodeName": blade, "attempt": attempt}})
+        };
+        let boot = Boot::of(&agent("Scheduled", "b", 1, "u")).unwrap();
+        for (why, seen, expected) in [
+            ("placed", agent("Scheduled", "b", 1, "u"), true),
+            ("starting", agent("Starting", "b", 1, "u"), true),
+            ("failed before it booted", agent("Failed", "b", 1, "u"), false),
+            ("another attempt", agent("Scheduled", "b", 2, "u"), false),
+            ("another blade", agent("Scheduled", "c", 1, "u"), false),
+            ("no blade any more", agent("Pending", "", 1, "u"), false),
+            ("another agent of this name", agent("Scheduled", "b", 1, "v"), false),
+        ] {
+            assert_eq!(is_still(&seen, &boot), expected, "{why}");
+        }
     }
 
     #[test]

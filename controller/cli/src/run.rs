@@ -105,10 +105,9 @@ async fn follow(api: &Api, folders: &Folders, name: &str) -> anyhow::Result<Outc
             Step::Ended => return Ok(ended(name, &agent)),
             Step::Print(boot) => {
                 printed = boot.identity.attempt;
-                let is_over = FINAL_PHASES.contains(&wait::phase(&agent));
-                if let Err(error) = print(folders, &boot, !is_over).await {
+                if let Err(error) = print(api, folders, &boot).await {
                     output::note(&format!(
-                        "its output cannot be shown here, it is on blade {}: {}",
+                        "no output of attempt {printed} can be shown here; it was placed on blade {}: {}",
                         boot.blade,
                         exit::chain(&error.into())
                     ));
@@ -127,7 +126,7 @@ fn next(agent: &Value, printed: u32) -> Option<Step> {
     }
 }
 
-async fn print(folders: &Folders, boot: &Boot, is_coming: bool) -> Result<(), crate::node::NodeError> {
+async fn print(api: &Api, folders: &Folders, boot: &Boot) -> Result<(), crate::node::NodeError> {
     let request = LogsRequest {
         identity: Some(boot.identity.clone()),
         follow: true,
@@ -136,6 +135,7 @@ async fn print(folders: &Folders, boot: &Boot, is_coming: bool) -> Result<(), cr
         since: None,
     };
     let mut printer = Printer::new(false);
+    let is_coming = async || logs::is_coming(api, boot).await;
     logs::stream(folders, request, is_coming, |chunk| {
         let bytes = printer.format(chunk);
         if chunk.stream() == Stream::Stderr {

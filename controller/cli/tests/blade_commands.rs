@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{AGENT, Machine, blade::Blade, finish, until};
+use common::{AGENT, Machine, PATIENCE, Ran, blade::Blade, finish, until};
 use far_proto::node::Stream;
 use serde_json::{Value, json};
 
@@ -140,6 +140,65 @@ async fn run_streams_the_output_and_exits_as_the_agent_did() {
         let (code, out, err) = finish(run).await;
         assert_eq!((code, out.as_str()), (expected, "out\n"), "{name}: {err}");
         assert!(err.contains("err\n"), "{name}: {err}");
+    }
+}
+
+/// As `finish`, for what hung once.
+async fn finish_or_fail(what: &str, child: std::process::Child) -> Ran {
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    tokio::time::timeout(PATIENCE, finish(child)).await.unwrap_or_else(|_| {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        panic!("{what}: still running")
+    })
+}
+
+#[tokio::test]
+async fn run_and_logs_do_not_wait_for_an_attempt_that_its_blade_will_never_hear_of() {
+    let Some(machine) =
+        Machine::with_api("run_and_logs_do_not_wait_for_an_attempt_that_its_blade_will_never_hear_of").await
+    else {
+        return;
+    };
+    // Knows no attempt at all.
+    let blade = Blade::serve(&machine.dir.path().join("run"));
+    let is_asked = async |name: &str, tail: Option<u32>| {
+        until("the blade is asked for the output", || {
+            blade.log_requests().iter().any(|request| {
+                request.tail_lines == tail && request.identity.as_ref().is_some_and(|identity| identity.name == name)
+            })
+        })
+        .await;
+    };
+    for (name, end, expected, said) in [
+        (
+            "refused",
+            Some(json!({"phase": "Failed", "nodeName": "b", "attempt": 1, "reason": "InvalidSpec"})),
+            125,
+            "InvalidSpec",
+        ),
+        (
+            "second",
+            Some(json!({"phase": "Completed", "nodeName": "b", "attempt": 2, "exitCode": 0})),
+            0,
+            "",
+        ),
+        ("deleted", None, 125, "deleted"),
+    ] {
+        let file = machine.file("run.yaml", &AGENT.replace("name: a", &format!("name: {name}")));
+        let run = machine.spawn(&["run", &file]);
+        play(&machine, name, &[placed("Scheduled", &json!({}))]).await;
+        is_asked(name, None).await;
+        let logs = machine.spawn(&["logs", "-f", "--tail", "7", name]);
+        is_asked(name, Some(7)).await;
+        match end {
+            Some(end) => machine.set_status(name, &end).await,
+            None => assert_eq!(machine.far(&["delete", "fa", name]).await.0, 0),
+        }
+        let (code, _, err) = finish_or_fail(&format!("far run {name}"), run).await;
+        assert_eq!(code, expected, "{name}: {err}");
+        assert!(err.contains(said), "{name}: {err}");
+        let (code, _, err) = finish_or_fail(&format!("far logs -f {name}"), logs).await;
+        assert_eq!(code, 1, "{name}: {err}");
     }
 }
 
