@@ -19,6 +19,7 @@ mod cgroup;
 mod channels;
 mod control;
 mod files;
+mod flintlock;
 mod logs;
 mod machine;
 mod modules;

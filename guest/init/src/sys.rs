@@ -188,6 +188,12 @@ pub(crate) fn foreground_of(master: &impl AsRawFd) -> Option<Pid> {
     (group > 1).then(|| Pid::from_raw(group))
 }
 
+/// Takes over a descriptor that a call of nix returned as a bare number.
+pub(crate) fn own(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: callers pass what accept4(2) just made for them, which nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
 fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())

@@ -345,6 +345,16 @@ impl Process {
         self.stdin.take(data, last).map_err(Problem::from)
     }
 
+    /// Whether the program took everything that came, or never will.
+    pub(crate) fn stdin_is_idle(&self) -> bool {
+        self.stdin.interest().is_none()
+    }
+
+    /// For a host that gives no credit because its protocol has none.
+    pub(crate) fn forget_credit(&mut self) {
+        let _ = self.stdin.credit(0);
+    }
+
     pub(crate) fn credit(&mut self, stream: ChannelStream, bytes: u32) {
         match stream {
             ChannelStream::Stdout => self.stdout.allowance.give(bytes),

@@ -7,7 +7,7 @@
 //! Heartbeat and Exit go before.
 //! Invariant: at most [`MAX_CHANNELS`], each holding at most one window; a channel that was opened gets exactly one ChannelEnd.
 
-mod exec;
+pub(crate) mod exec;
 mod flow;
 mod forward;
 mod get;
@@ -66,6 +66,10 @@ pub(crate) struct Problem {
 impl Problem {
     pub(crate) fn new(kind: ErrorKind, text: String) -> Self {
         Self { kind, text }
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     fn invalid(text: &str) -> Self {

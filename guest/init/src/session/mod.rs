@@ -20,6 +20,7 @@ use crate::{
         outbox::{Channel, Outbox, OutboxError},
     },
     files::{self, FileSpec, Uploads},
+    flintlock::Agents,
     logs::Pipes,
     machine::Stillness,
     place::Place,
@@ -125,6 +126,7 @@ pub(crate) struct Session<'a> {
     said: Said,
     outbox: Outbox,
     channels: Channels,
+    agents: Agents,
     stillness: Stillness,
     state: State,
     ready: Option<Ready>,
@@ -138,7 +140,7 @@ impl<'a> Session<'a> {
     /// When children cannot be watched or no nonce can be drawn.
     pub(crate) fn new(
         place: &'a Place,
-        boot: BootReport,
+        mut boot: BootReport,
         root: Result<Root, RootError>,
         cgroup: Option<Cgroup>,
     ) -> Result<Self, Fatal> {
@@ -150,6 +152,7 @@ impl<'a> Session<'a> {
         if let Err(error) = &root {
             power::say(&with_sources(error));
         }
+        let agents = Agents::listen(place, &mut boot);
         Ok(Self {
             place,
             boot,
@@ -161,6 +164,7 @@ impl<'a> Session<'a> {
             said: Said::default(),
             outbox: Outbox::new(),
             channels: Channels::new(),
+            agents,
             stillness: Stillness::default(),
             state: State::Waiting { offer: None },
             ready: None,
@@ -187,6 +191,7 @@ impl<'a> Session<'a> {
                     break;
                 }
             }
+            self.serve_agents(now);
             if self.said.welcomed {
                 self.channels.speak(&mut self.link, now);
             }
@@ -227,6 +232,7 @@ impl<'a> Session<'a> {
         });
         let channels_at = fds.len();
         self.channels.ports(&mut |fd, flags| fds.push(PollFd::new(fd, flags)));
+        self.agents.ports(&mut |fd, flags| fds.push(PollFd::new(fd, flags)));
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(Fatal::Poll(error.into())),
@@ -242,6 +248,7 @@ impl<'a> Session<'a> {
         let mut channels = channels.into_iter();
         self.channels
             .found(&mut || channels.next().unwrap_or(PollFlags::empty()));
+        self.agents.found(&mut || channels.next().unwrap_or(PollFlags::empty()));
         if is_still {
             self.tell_stillness();
         }
@@ -296,7 +303,7 @@ impl<'a> Session<'a> {
         } else {
             None
         };
-        [self.link.deadline(), beat, state, channels]
+        [self.link.deadline(), beat, state, channels, self.agents.deadline(now)]
             .into_iter()
             .flatten()
             .min()
@@ -339,13 +346,14 @@ impl<'a> Session<'a> {
         };
         let now = Instant::now();
         let mut found = None;
-        let channels = &mut self.channels;
+        let (channels, agents) = (&mut self.channels, &mut self.agents);
         self.reaper
             .collect(|ended| {
                 if Some(ended.pid) == main {
                     found = Some(ended);
                 } else {
                     channels.reaped(&ended, now);
+                    agents.reaped(&ended, now);
                 }
             })
             .map_err(Fatal::Signals)?;
@@ -398,18 +406,15 @@ impl<'a> Session<'a> {
         });
     }
 
-    /// Where channels work: beside a running payload.
+    /// The channels, and where they work: beside a running payload.
     fn ground(&mut self) -> (&mut Channels, Option<Ground<'_>>) {
-        let ground = match (&self.state, &self.root) {
-            (State::Running(running), Ok(root)) if running.ended.is_none() => Some(Ground {
-                place: self.place,
-                root,
-                cgroup: self.cgroup.as_ref(),
-                companion: &running.companion,
-            }),
-            _ => None,
-        };
+        let ground = ground(self.place, &self.state, &self.root, self.cgroup.as_ref());
         (&mut self.channels, ground)
+    }
+
+    fn serve_agents(&mut self, now: Instant) {
+        let ground = ground(self.place, &self.state, &self.root, self.cgroup.as_ref());
+        self.agents.work(ground.as_ref(), now);
     }
 
     fn exit(&mut self, exit: Exit) {
@@ -417,6 +422,23 @@ impl<'a> Session<'a> {
         self.tell_no_stillness("the agent ended");
         self.last_heard = Instant::now();
         self.state = State::Exited(Box::new(exit));
+    }
+}
+
+fn ground<'a>(
+    place: &'a Place,
+    state: &'a State,
+    root: &'a Result<Root, RootError>,
+    cgroup: Option<&'a Cgroup>,
+) -> Option<Ground<'a>> {
+    match (state, root) {
+        (State::Running(running), Ok(root)) if running.ended.is_none() => Some(Ground {
+            place,
+            root,
+            cgroup,
+            companion: &running.companion,
+        }),
+        _ => None,
     }
 }
 
