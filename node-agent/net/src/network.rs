@@ -710,6 +710,10 @@ impl SeenByOwner {
                 None => all.push((table, set, vec![element])),
             }
         }
+        // The kernel wants an interval's begin, then its end. Where two meet, one ends before the next begins.
+        for (_, _, elements) in &mut all {
+            elements.sort_by(|one, other| (&one.key, !one.is_end).cmp(&(&other.key, !other.is_end)));
+        }
         all
     }
 }

@@ -80,6 +80,22 @@ fn die_when_due(_: Step) {
     }
 }
 
+/// A process that keeps a namespace; ended with the test, however that ends.
+struct Holder(std::process::Child);
+
+impl Holder {
+    fn end(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 /// Not a test of its own: what [`kill_9_between_every_two_steps_leaves_nothing_after_a_reclaim`] kills.
 #[test]
 fn the_process_that_is_killed() {
@@ -107,14 +123,16 @@ fn kill_9_between_every_two_steps_leaves_nothing_after_a_reclaim() {
         let netns = GuestNetns::create().unwrap();
         // Its namespace is found by this process, as a VMM's is.
         let inside = format!("--net={}", netns.path().display());
-        let mut holder = Command::new("nsenter").args([&inside, "sleep", "600"]).spawn().unwrap();
+        let mut command = Command::new("nsenter");
+        command.args([&inside, "sleep", "600"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut holder = Holder(command.spawn().unwrap());
         common::wait_for("the holder in the namespace", || {
-            let seen = std::fs::read_link(format!("/proc/{}/ns/net", holder.id())).ok()?;
+            let seen = std::fs::read_link(format!("/proc/{}/ns/net", holder.0.id())).ok()?;
             (seen != std::fs::read_link("/proc/self/ns/net").unwrap()).then_some(())
         });
         let ended = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "the_process_that_is_killed"])
-            .env("FAR_NET_TEST_OWNER", holder.id().to_string())
+            .env("FAR_NET_TEST_OWNER", holder.0.id().to_string())
             .env("FAR_NET_TEST_STEPS", steps.to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -139,8 +157,7 @@ fn kill_9_between_every_two_steps_leaves_nothing_after_a_reclaim() {
         assert_eq!((up(&path).len(), listed(&path).as_str()), (0, ""), "after {steps} steps");
         assert_eq!(network.reclaim(&Proven { live: Vec::new(), ours }).unwrap(), Reclaimed::default());
         network.attach(policy()).unwrap();
-        holder.kill().unwrap();
-        holder.wait().unwrap();
+        holder.end();
         if ended.code() == Some(42) {
             break;
         }

@@ -173,8 +173,11 @@ impl Tap {
                 *to = from as libc::c_char;
             }
             request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-            // SAFETY: TUNSETIFF reads and writes one ifreq.
-            unsafe { set_interface(file.as_raw_fd(), &raw const request) }.unwrap();
+            // Another test's child may hold a copy of the descriptor that made the tap, from its fork until its exec.
+            wait_for("a tap that nobody holds", || {
+                // SAFETY: TUNSETIFF reads and writes one ifreq.
+                unsafe { set_interface(file.as_raw_fd(), &raw const request) }.ok()
+            });
             file
         });
         Self { file: file.unwrap() }
