@@ -103,7 +103,7 @@ pub(crate) async fn cp(cluster: &Cluster, folders: &Folders, args: &CpArgs) -> a
     Ok(Outcome::Success)
 }
 
-async fn copy_in(mut inside: Inside, from: PathBuf, to: &str) -> anyhow::Result<CopyResult> {
+async fn copy_in(inside: Inside, from: PathBuf, to: &str) -> anyhow::Result<CopyResult> {
     let mut reader = Reader::open(&from)?;
     let (requests, messages) = inside::queue();
     let start = copy_in_request::Kind::Start(CopyInStart {

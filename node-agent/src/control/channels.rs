@@ -648,12 +648,13 @@ impl Sender {
         self.post(Kind::TransferEntry(entry)).await
     }
 
-    /// Sends what costs no credit; `make` gets the channel's number.
+    /// Sends what costs no credit, once the channel works; `make` gets the channel's number.
     pub(crate) async fn tell(&self, make: impl FnOnce(u32) -> Kind) -> Result<(), Over> {
+        self.room(0).await?;
         self.post(make(self.shared.number)).await
     }
 
-    /// Waits for at least `least` bytes of credit; answers what there is.
+    /// Waits until the channel works and for at least `least` bytes of credit; answers what there is.
     async fn room(&self, least: usize) -> Result<usize, Over> {
         loop {
             {
@@ -662,7 +663,8 @@ impl Sender {
                     return Err(Over);
                 }
                 let room = CHANNEL_WINDOW.saturating_sub(state.in_flight);
-                if room >= least {
+                // A program or connection that does not exist yet takes nothing; files have no Opened.
+                if room >= least && (state.is_opened || self.shared.kind == ChannelKind::Put) {
                     return Ok(room);
                 }
             }

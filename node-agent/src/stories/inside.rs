@@ -356,6 +356,30 @@ async fn a_caller_that_does_not_read_holds_up_neither_logs_nor_other_programs() 
 }
 
 #[tokio::test]
+async fn nothing_is_sent_into_what_does_not_exist_yet() {
+    let mut inside = running().await;
+    let call = exec(&inside.client, &["late"]).await;
+    let piece = Piece {
+        data: b"early".to_vec(),
+        last: true,
+    };
+    call.send(exec_request::Kind::Stdin(piece)).await;
+    let FromHost::Exec(wire) = inside.guest.heard().await else {
+        panic!("no Exec")
+    };
+    // Another program is opened after the input was given: it would come first if the input were not held back.
+    let second = exec(&inside.client, &["second"]).await;
+    let (other, _) = inside.guest.opened().await;
+    let channel = wire.channel;
+    inside.guest.send(Kind::Opened(Opened { channel, pid: 1 })).await;
+    assert!(matches!(inside.guest.heard().await, FromHost::Data(data) if data.channel == channel && data.last));
+    inside.guest.end(channel, 0).await;
+    inside.guest.end(other, 0).await;
+    call.until_exit().await;
+    second.until_exit().await;
+}
+
+#[tokio::test]
 async fn input_waits_for_the_guests_credit() {
     let mut inside = running().await;
     let call = exec(&inside.client, &["eats"]).await;
