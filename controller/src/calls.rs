@@ -19,7 +19,8 @@ const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 /// Why a call did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallError {
-    /// The blade has no room now and recorded nothing.
+    /// The blade has no room now. Also what HTTP/2 says of a connection in trouble: whether the blade wrote the attempt
+    /// down has to be asked.
     #[error("the blade refused: {0}")]
     Refused(String),
     /// The request itself will never do.
@@ -73,8 +74,13 @@ impl Blade {
         Ok(convert::report(state).map(|(_, report)| report))
     }
 
-    pub(crate) async fn stop(&mut self, identity: Identity, grace_s: Option<u32>) -> Result<Option<Report>, CallError> {
-        let reason = EndReason::Unspecified.into();
+    pub(crate) async fn stop(
+        &mut self,
+        identity: Identity,
+        grace_s: Option<u32>,
+        reason: EndReason,
+    ) -> Result<Option<Report>, CallError> {
+        let reason = reason.into();
         let request = StopAgentRequest {
             epoch: self.epoch,
             identity: Some(identity),

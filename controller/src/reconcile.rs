@@ -10,7 +10,7 @@ use far_core::{
     lifecycle::{BladeView, Decision, Seen, decide},
     status::{Fact, Phase, Report, Status},
 };
-use far_proto::node::Identity;
+use far_proto::node::{EndReason, Identity};
 use k8s_openapi::jiff::Timestamp;
 use kube::{
     Client, ResourceExt,
@@ -165,6 +165,11 @@ impl Pass<'_> {
                 self.learn(&status, &Fact::BladeLost { message: &message }).await?;
                 Ok(Next::Rest(Action::requeue(RECHECK)))
             }
+            Decision::PlaceAnew => {
+                let blade = status.node.clone().unwrap_or_default();
+                let message = format!("blade {blade} refused: the attempt was withdrawn before it began");
+                self.place_anew(&status, &blade, &message).await
+            }
             Decision::Stop => self.stop(&status).await,
             Decision::ForgetAndRelease => self.forget_and_release(&status).await,
             Decision::Release => self.release().await,
@@ -260,23 +265,58 @@ impl Pass<'_> {
                 Ok(Next::Again)
             }
             Ok(None) => Ok(Next::Rest(Action::requeue(WAITING))),
-            Err(CallError::Refused(message)) => {
-                // The room is given back only after the refusal is written: until then the attempt is the blade's.
-                let message = format!("blade {blade} refused: {message}");
-                self.learn(status, &Fact::Refused { message: &message }).await?;
-                context.world.unplace(&self.uid, Some(&blade));
-                context
-                    .events
-                    .say(&self.agent, EventType::Warning, "Refused", &message)
-                    .await;
-                Ok(Next::Again)
-            }
+            Err(CallError::Refused(message)) => self.refused(status, &blade, &message).await,
             Err(CallError::Rejected(message)) => {
                 let message = format!("blade {blade}: {message}");
                 self.learn(status, &Fact::Rejected { message: &message }).await
             }
             Err(source) => Err(self.blade_error("starting the attempt", &blade, source)),
         }
+    }
+
+    /// The answer may be a broken connection's, and the attempt in the blade's ledger. So the blade is asked; where it does
+    /// not have the attempt, an order to stop makes an EnsureAgent that is still under way powerless. Only then another
+    /// attempt may begin.
+    async fn refused(&mut self, status: &Status, blade: &str, message: &str) -> Result<Next, ReconcileError> {
+        let context = self.context;
+        let (Some(channel), Some(identity)) = (context.world.channel(blade), self.identity(status)) else {
+            return Ok(Next::Rest(Action::requeue(WAITING)));
+        };
+        let mut calls = Blade::new(channel, context.epoch);
+        let known = calls.find(&self.uid, status.attempt).await;
+        let known = known.map_err(|source| self.blade_error("looking for the attempt", blade, source))?;
+        let state = match known {
+            Some(report) => Some(report),
+            None => {
+                let stopped = calls.stop(identity, None, EndReason::Evicted).await;
+                stopped.map_err(|source| self.blade_error("withdrawing the attempt", blade, source))?
+            }
+        };
+        match state {
+            Some(report) if report.is_withdrawn() => {
+                self.place_anew(status, blade, &format!("blade {blade} refused: {message}"))
+                    .await
+            }
+            // The blade has it, or it began in between: then it is this agent's attempt.
+            Some(report) => {
+                context.world.told(blade, &self.uid, report);
+                Ok(Next::Again)
+            }
+            None => Ok(Next::Rest(Action::requeue(WAITING))),
+        }
+    }
+
+    /// The blade will never boot the attempt. The room is given back only after that is written: until then the attempt is
+    /// the blade's.
+    async fn place_anew(&mut self, status: &Status, blade: &str, message: &str) -> Result<Next, ReconcileError> {
+        let context = self.context;
+        self.learn(status, &Fact::Refused { message }).await?;
+        context.world.unplace(&self.uid, Some(blade));
+        context
+            .events
+            .say(&self.agent, EventType::Warning, "Refused", message)
+            .await;
+        Ok(Next::Again)
     }
 
     async fn tell(&mut self, status: &Status, report: &Report) -> Result<Next, ReconcileError> {
@@ -379,7 +419,7 @@ impl Pass<'_> {
         };
         let grace = self.agent.spec.termination_grace_period_seconds;
         let stopped = Blade::new(channel, self.context.epoch)
-            .stop(identity, Some(grace))
+            .stop(identity, Some(grace), EndReason::Unspecified)
             .await;
         match stopped.map_err(|source| self.blade_error("stopping the attempt", &blade, source))? {
             Some(report) => self.context.world.told(&blade, &self.uid, report),

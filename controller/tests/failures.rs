@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use far_proto::node::{EndReason, Phase};
 use kube::ResourceExt;
@@ -193,4 +193,33 @@ async fn two_controllers_never_share_a_state_folder() {
         .await
         .unwrap_err();
     assert!(error.to_string().contains("another far-controller uses"), "{error:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_that_came_after_the_ledger_was_written_starts_no_second_attempt() {
+    let cluster = Cluster::start().await;
+    let one = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let two = FakeBlade::start(&cluster, "b2", capacity(8000, 8192)).await;
+    for blade in [&one, &two] {
+        blade.fake.breaks_after_writing.store(true, Ordering::SeqCst);
+    }
+    let uid = cluster.create("once", json!({"image": "a"})).await.uid().unwrap();
+    let begun = cluster.wait_phase("once", "Starting").await;
+    assert_eq!(begun["status"]["attempt"], 1, "{begun}");
+    let attempts = [one.fake.attempts(&uid), two.fake.attempts(&uid)].concat();
+    assert_eq!(attempts, [1], "one agent, one attempt");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_attempt_is_powerless_before_the_next_one_is_placed() {
+    let cluster = Cluster::start().await;
+    let full = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    full.fake.full.store(true, Ordering::SeqCst);
+    let uid = cluster.create("moved", json!({"image": "a"})).await.uid().unwrap();
+    until("the refusal", async || (full.fake.ensured() > 0).then_some(())).await;
+    let free = FakeBlade::start(&cluster, "b2", capacity(8000, 8192)).await;
+    until("the other blade to have it", async || free.fake.phase(&uid)).await;
+    full.fake.full.store(false, Ordering::SeqCst);
+    assert_eq!(full.fake.late_ensure(&uid, 1).await, Phase::Ended);
+    assert_eq!(full.fake.attempts(&uid), Vec::<u32>::new(), "nothing boots there");
 }

@@ -48,6 +48,8 @@ pub enum Decision {
     DeclareLost,
     /// Write down what the blade says.
     Tell,
+    /// The blade will never boot the attempt: write that down, and another blade may be chosen.
+    PlaceAnew,
     /// Ask the attempt to end.
     Stop,
     /// Forget the ended attempt on the blade, then let the agent go.
@@ -75,7 +77,13 @@ pub fn decide(seen: &Seen<'_>) -> Decision {
         (BladeView::Lost | BladeView::Fenced, _) => Decision::DeclareLost,
         (BladeView::Connected, None) if seen.status.has_begun() => Decision::DeclareForgotten,
         (BladeView::Connected, None) => Decision::Ensure,
-        (BladeView::Connected | BladeView::Unreachable, Some(_)) => Decision::Tell,
+        (BladeView::Connected | BladeView::Unreachable, Some(report)) => {
+            if report.is_withdrawn() && !seen.status.has_begun() {
+                Decision::PlaceAnew
+            } else {
+                Decision::Tell
+            }
+        }
         (BladeView::Unreachable, None) => Decision::Rest,
     }
 }

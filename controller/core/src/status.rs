@@ -189,6 +189,15 @@ pub struct Report {
     pub message: String,
 }
 
+impl Report {
+    /// The order to stop came before the attempt: nothing of it ever ran, and nothing ever will.
+    #[must_use]
+    pub fn is_withdrawn(&self) -> bool {
+        let is_evicted = self.end.as_ref().is_some_and(|end| end.reason == EndReason::Evicted);
+        self.stage == Stage::Ended && is_evicted && !self.booted && self.started_at.is_none()
+    }
+}
+
 /// What is claimed of an agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {

@@ -110,6 +110,7 @@ struct Ledger {
     boots: BTreeMap<(String, u32), u32>,
     ensured: u32,
     forgotten: u32,
+    deposed: u32,
     epoch: u64,
 }
 
@@ -121,6 +122,10 @@ pub struct Fake {
     dead: CancellationToken,
     /// Refuse new attempts as full.
     pub full: Arc<AtomicBool>,
+    /// Write an attempt down, then answer as a connection that was closed in the middle does.
+    pub breaks_after_writing: Arc<AtomicBool>,
+    /// Claim to know a newer controller.
+    pub claims_newer_epoch: Arc<AtomicBool>,
 }
 
 /// A running fake blade; dropping it is its death.
@@ -154,6 +159,8 @@ impl FakeBlade {
             events: broadcast::channel(1024).0,
             dead: CancellationToken::new(),
             full: Arc::default(),
+            breaks_after_writing: Arc::default(),
+            claims_newer_epoch: Arc::default(),
         };
         Self::resume(cluster, name, room, credentials, fake).await
     }
@@ -209,6 +216,12 @@ impl FakeBlade {
         };
         cluster.wait_ready(name, "True").await;
         blade
+    }
+
+    /// Cannot be called any more, but goes on to send heartbeats.
+    pub async fn stop_serving(&mut self) {
+        self.fake.dead.cancel();
+        (&mut self.serving).await.unwrap();
     }
 
     pub async fn die(mut self) -> (Credentials, Fake) {
@@ -290,6 +303,36 @@ impl Fake {
         self.ledger.lock().unwrap().forgotten
     }
 
+    /// Calls that were told of a newer controller.
+    pub fn deposed(&self) -> u32 {
+        self.ledger.lock().unwrap().deposed
+    }
+
+    /// Event streams that are open.
+    pub fn watchers(&self) -> usize {
+        self.events.receiver_count()
+    }
+
+    /// Identities in the ledger.
+    pub fn kept(&self) -> usize {
+        self.ledger.lock().unwrap().agents.len()
+    }
+
+    /// An EnsureAgent that was under way for long arrives now.
+    pub async fn late_ensure(&self, uid: &str, attempt: u32) -> Phase {
+        let request = EnsureAgentRequest {
+            epoch: self.epoch(),
+            identity: Some(Identity {
+                uid: uid.to_owned(),
+                attempt,
+                ..Identity::default()
+            }),
+            spec: Some(AgentSpec::default()),
+        };
+        let state = self.ensure_agent(Request::new(request)).await.unwrap();
+        state.into_inner().phase()
+    }
+
     pub fn epoch(&self) -> u64 {
         self.ledger.lock().unwrap().epoch
     }
@@ -309,6 +352,10 @@ impl Fake {
 
     fn check(&self, epoch: u64) -> Result<(), Status> {
         let mut ledger = self.ledger.lock().unwrap();
+        if self.claims_newer_epoch.load(Ordering::SeqCst) {
+            ledger.deposed += 1;
+            return Err(Status::failed_precondition("another controller leads, says this fake"));
+        }
         if epoch < ledger.epoch {
             return Err(Status::failed_precondition(format!(
                 "epoch {epoch} is older than {}",
@@ -382,6 +429,9 @@ impl Node for Fake {
             state: Some(state.clone()),
             replay_done: false,
         });
+        if self.breaks_after_writing.load(Ordering::SeqCst) {
+            return Err(Status::resource_exhausted("h2: ENHANCE_YOUR_CALM"));
+        }
         Ok(Response::new(state))
     }
 

@@ -11,7 +11,7 @@ use far_controller::{Config, Running};
 use far_devapi::DevApi;
 use kube::{
     Api, Client,
-    api::{DeleteParams, PostParams},
+    api::{DeleteParams, Patch, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
@@ -147,6 +147,11 @@ impl Cluster {
 
     pub async fn delete(&self, name: &str) {
         self.agents().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+
+    pub async fn take_finalizers_off(&self, name: &str) {
+        let patch = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+        self.agents().patch(name, &Default::default(), &patch).await.unwrap();
     }
 
     /// Waits until the agent's status is as `is` says; answers the whole object as JSON.

@@ -77,6 +77,23 @@ fn an_attempt_that_had_begun_is_never_ensured_again() {
 }
 
 #[test]
+fn an_attempt_that_was_withdrawn_before_it_began_is_placed_anew_and_never_told_as_a_failure() {
+    let placed = Status::default().after(&Fact::Placed { blade: "b" });
+    let mut withdrawn = report(Stage::Ended);
+    withdrawn.end.as_mut().unwrap().reason = EndReason::Evicted;
+    let next = |status: &Status, report: &Report| decide(&seen(status, BladeView::Connected, Some(report)));
+    assert_eq!(next(&placed, &withdrawn), Decision::PlaceAnew);
+    assert_eq!(next(&placed, &report(Stage::Ended)), Decision::Tell);
+    let booted = Report {
+        booted: true,
+        ..withdrawn.clone()
+    };
+    assert_eq!(next(&placed, &booted), Decision::Tell);
+    let begun = placed.after(&Fact::Seen(&report(Stage::Accepted)));
+    assert_eq!(next(&begun, &withdrawn), Decision::Tell);
+}
+
+#[test]
 fn a_finished_agent_rests_until_it_is_deleted() {
     let ended = report(Stage::Ended);
     let done = Status::default()
