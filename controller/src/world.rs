@@ -184,14 +184,21 @@ impl World {
         let placed = inner.placer.place(uid, &request);
         if placed.is_err() {
             inner.pending.insert(uid.to_owned());
+        } else {
+            inner.pending.remove(uid);
         }
         placed
     }
 
-    /// Gives the room back: the choice was not written, or the blade refused.
+    /// Gives the room back: the choice was not written, or the blade refused. Those who wait hear only of a refusal: what
+    /// was not written is tried again in a moment, and waking others at every try would spin as fast as the API fails.
     pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
         let mut inner = self.lock();
-        if let (Some(blade), Some(agent)) = (refused_by, inner.agents.get_mut(uid)) {
+        let Some(blade) = refused_by else {
+            inner.placer.release(uid);
+            return;
+        };
+        if let Some(agent) = inner.agents.get_mut(uid) {
             agent.refused.insert(blade.to_owned(), Instant::now());
         }
         self.release_locked(&mut inner, uid);
@@ -384,3 +391,6 @@ fn version(agent: &FarAgent) -> u64 {
         .and_then(|version| version.parse().ok())
         .unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+use std::time::Duration;
+
+use far_api::{FarAgent, FarNode};
+use futures::{FutureExt, StreamExt};
+use serde_json::{Value, json};
+
+use super::*;
+
+const LONG: Duration = Duration::from_secs(3600);
+
+fn agent(uid: &str, status: Value) -> FarAgent {
+    serde_json::from_value(json!({
+        "apiVersion": "tiffany.dev/v1", "kind": "FarAgent",
+        "metadata": {"name": uid, "namespace": "default", "uid": uid, "resourceVersion": "1"},
+        "spec": {"image": "a", "memory": "1Gi", "cpu": "1"}, "status": status,
+    }))
+    .unwrap()
+}
+
+/// A blade with room for one [`agent`].
+fn node(name: &str) -> FarNode {
+    let room = json!({"cpu": "1", "memory": "1Gi", "vms": 10});
+    let ready = json!({
+        "type": "Ready", "status": "True", "reason": "Heard", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
+    });
+    serde_json::from_value(json!({
+        "apiVersion": "tiffany.dev/v1", "kind": "FarNode", "metadata": {"name": name}, "spec": {},
+        "status": {"endpoint": "h:1", "capacity": room, "allocatable": room, "conditions": [ready]},
+    }))
+    .unwrap()
+}
+
+fn place(world: &World, agent: &FarAgent) -> Result<String, Unschedulable> {
+    world.place(&agent.uid().unwrap(), convert::request(agent).unwrap())
+}
+
+/// Names of the agents that are to be looked at again.
+fn marked(world: &World) -> Vec<String> {
+    let mut stream = Box::pin(world.dirty.clone().stream());
+    let mut names = Vec::new();
+    while let Some(Some(reference)) = stream.next().now_or_never() {
+        names.push(reference.name);
+    }
+    names
+}
+
+#[test]
+fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent() {
+    let world = World::new(1, LONG);
+    let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
+    world.observe(&one, false);
+    world.observe(&other, false);
+    for agent in [&one, &other] {
+        assert!(place(&world, agent).is_err(), "there is no blade yet");
+    }
+    world.observe_node(&node("b1"));
+    assert_eq!(place(&world, &one).unwrap(), "b1");
+    marked(&world);
+    for _ in 0..3 {
+        world.unplace("one", None);
+        assert_eq!(marked(&world), Vec::<String>::new());
+        assert_eq!(place(&world, &one).unwrap(), "b1");
+    }
+    // Room that comes free for good is told to those who wait.
+    world.forget("one");
+    assert_eq!(marked(&world), ["other"]);
+}
