@@ -9,8 +9,10 @@
 
 #![deny(unsafe_code)]
 
+mod bridge;
 mod capability;
 mod elements;
+mod explain;
 mod links;
 mod netlink;
 mod netns;
@@ -22,7 +24,9 @@ mod slot;
 mod sys;
 mod table;
 
+pub use bridge::{BridgeWatch, TapEvent};
 pub use capability::{NoNic, capability};
+pub use explain::{Explanation, Packet, Pinned, explain};
 pub use netlink::Refused;
 pub use netns::{GuestNetns, NetError};
 pub use network::{Count, Counters, Network, NetworkError, Options, Proven, Reclaimed, Step};

@@ -1,11 +1,13 @@
 //! Benches: ours and the peers interleaved in one run, on the real binaries. `make bench` runs them; nothing here is a
 //! test, and no test has a time in it.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod cpu;
 mod hello;
+mod net;
 mod report;
 mod skeleton;
+mod tap;
 
 use std::path::PathBuf;
 
@@ -29,11 +31,14 @@ struct Arguments {
 enum Bench {
     /// Boot, one whole agent, placement.
     Skeleton,
+    /// A microVM's network, against commands and CNI plugins.
+    Net,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     match arguments.bench {
+        Bench::Net => report::publish("net", &arguments.out, &net::rows(arguments.rounds)?),
         Bench::Skeleton => report::publish("skeleton", &arguments.out, &skeleton::rows(arguments.rounds)?),
     }
 }
