@@ -117,7 +117,7 @@ pub(crate) enum ApiError {
         message: String,
         retry_after: Option<u32>,
     },
-    #[error("too many requests are waiting to be written, please try again later")]
+    #[error("too many requests are waiting or too many clients are connected, please try again later")]
     Overloaded,
     #[error("Internal error occurred: {0}")]
     Internal(String),

@@ -12,6 +12,7 @@
 mod admission;
 mod api;
 mod app;
+mod connections;
 mod error;
 pub mod faults;
 mod gc;

@@ -12,15 +12,15 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::api::{discovery, openapi};
 use crate::app::App;
+use crate::connections::{Connection, Connections};
 use crate::error::ApiError;
 use crate::faults::{self, Action, Fault};
 use crate::handlers::delete::Options;
@@ -31,10 +31,17 @@ use crate::request::{Parameters, Path, ResourcePath, verb};
 
 /// Bodies beyond this are refused, as on the real server.
 const MAX_BODY: usize = 3 << 20;
+/// Connections that have shown the token.
 const MAX_CONNECTIONS: usize = 1024;
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Connections that have not: any user of this machine can open them.
+const MAX_STRANGERS: usize = 256;
+/// From accepting a connection to its first request with the token.
+const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// Also how long an idle connection is kept: longer than clients keep theirs, so that they close first.
 const HEADER_READ: Duration = Duration::from_secs(300);
+/// HTTP/2 connections are asked whether somebody is still there, and how long the answer may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(60);
+const KEEP_ALIVE_ANSWER: Duration = Duration::from_secs(30);
 /// Time that running requests get at the end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// The version of Kubernetes whose behaviour is followed.
@@ -50,7 +57,7 @@ struct Dropped;
 pub(crate) async fn serve(app: Arc<App>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
     let acceptor = TlsAcceptor::from(tls);
     let graceful = GracefulShutdown::new();
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = Connections::new(MAX_STRANGERS, MAX_CONNECTIONS);
     loop {
         let accepted = tokio::select! {
             () = app.stopping.cancelled() => break,
@@ -64,29 +71,13 @@ pub(crate) async fn serve(app: Arc<App>, listener: TcpListener, tls: Arc<rustls:
                 continue;
             }
         };
-        let Ok(permit) = room.clone().try_acquire_owned() else {
-            tracing::warn!(limit = MAX_CONNECTIONS, "too many connections, one is refused");
-            continue;
-        };
+        let connection = Arc::new(connections.admit());
         let (app, acceptor, watcher) = (app.clone(), acceptor.clone(), graceful.watcher());
         tokio::spawn(async move {
-            let _permit = permit;
-            if stream.set_nodelay(true).is_err() {
-                return;
-            }
-            let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await else {
-                return;
-            };
-            let mut builder = Builder::new(TokioExecutor::new());
-            builder
-                .http1()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_READ);
-            builder.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
-            let service = hyper::service::service_fn(move |request| answer(app.clone(), request));
-            let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-            if let Err(error) = watcher.watch(connection).await {
-                tracing::debug!(%error, "a connection ended with an error");
+            let served = serve_connection(app, connection.clone(), stream, acceptor, watcher);
+            tokio::select! {
+                () = served => {}
+                () = connection.overstays(FIRST_REQUEST) => tracing::debug!("a connection without the token is ended"),
             }
         });
     }
@@ -95,9 +86,44 @@ pub(crate) async fn serve(app: Arc<App>, listener: TcpListener, tls: Arc<rustls:
     }
 }
 
-async fn answer(app: Arc<App>, request: Request<Incoming>) -> Result<Response<Body>, Dropped> {
+async fn serve_connection(
+    app: Arc<App>,
+    connection: Arc<Connection>,
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+    watcher: Watcher,
+) {
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    let Ok(stream) = acceptor.accept(stream).await else {
+        return;
+    };
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_ANSWER)
+        .max_concurrent_streams(1000);
+    let service = hyper::service::service_fn(move |request| answer(app.clone(), connection.clone(), request));
+    let served = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+    if let Err(error) = watcher.watch(served).await {
+        tracing::debug!(%error, "a connection ended with an error");
+    }
+}
+
+async fn answer(
+    app: Arc<App>,
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Dropped> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let (outcome, drops) = match route(&app, request).await {
+    let (outcome, drops) = match route(&app, &connection, request).await {
         Ok(Routed { response, drops }) => (Ok(response), drops),
         Err(Refused::Error(error)) => (Err(error), false),
         Err(Refused::Dropped) => return Err(Dropped),
@@ -126,12 +152,16 @@ impl From<ApiError> for Refused {
     }
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Routed, Refused> {
+async fn route(app: &Arc<App>, connection: &Connection, request: Request<Incoming>) -> Result<Routed, Refused> {
     let path = request.uri().path().to_owned();
     if matches!(path.as_str(), "/healthz" | "/readyz" | "/livez") {
         return Ok(text("ok").into());
     }
     authenticate(app, &request)?;
+    if !connection.is_recognised() {
+        tracing::warn!(limit = MAX_CONNECTIONS, "too many connections, one is refused");
+        return Err(ApiError::Overloaded.into());
+    }
     let query = request.uri().query().unwrap_or_default().to_owned();
     let parameters = Parameters::parse(&query, request.headers())?;
     let snapshot = app.registry.snapshot();

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use common::{AGENTS, Client, LIMIT, MERGE, agent, start_with_crd};
 use far_devapi::faults::{Action, Fault, Match};
+use http_body_util::BodyExt as _;
+use hyper::client::conn::http1::SendRequest;
 use serde_json::json;
 
 /// The real binary; killed at the end.
@@ -230,4 +232,34 @@ async fn a_term_signal_ends_the_server_cleanly() {
             & 0o777
     };
     assert_eq!((mode("kubeconfig"), mode("data")), (0o600, 0o700));
+}
+
+#[tokio::test]
+async fn who_never_shows_the_token_is_disconnected_and_who_did_stays() {
+    let server = start_with_crd().await;
+    let client = &server.client;
+    let get = |token: &str| {
+        let mut client = client.clone();
+        client.token = token.to_owned();
+        client.request("GET", AGENTS, &[], Vec::new())
+    };
+    let ask = async |sender: &mut SendRequest<_>, token: &str| {
+        let answer = sender.send_request(get(token)).await.unwrap();
+        let code = answer.status().as_u16();
+        answer.into_body().collect().await.unwrap();
+        code
+    };
+    let (mut known, known_ended) = client.connect().await.unwrap();
+    assert_eq!(ask(&mut known, &client.token).await, 200);
+    let (_silent, silent_ended) = client.connect().await.unwrap();
+    let (mut guesser, guesser_ended) = client.connect().await.unwrap();
+    assert_eq!(ask(&mut guesser, "a guess").await, 401);
+    for ended in [silent_ended, guesser_ended] {
+        tokio::time::timeout(LIMIT, ended)
+            .await
+            .expect("a stranger's connection is ended")
+            .unwrap();
+    }
+    assert!(!known_ended.is_finished());
+    assert_eq!(ask(&mut known, &client.token).await, 200);
 }

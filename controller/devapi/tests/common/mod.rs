@@ -10,10 +10,12 @@ use far_devapi::{Config, DevApi};
 use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 /// Far beyond what anything here takes, so that only a hang meets it.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -75,18 +77,24 @@ impl Client {
         }
     }
 
-    async fn send(&self, request: Request<Full<Bytes>>) -> anyhow::Result<hyper::Response<Incoming>> {
+    /// A connection of its own, on which nothing was asked yet, and the task that ends with it.
+    pub async fn connect(&self) -> anyhow::Result<(SendRequest<Full<Bytes>>, JoinHandle<()>)> {
         let stream = tokio::net::TcpStream::connect(&self.address).await?;
         let name = ServerName::try_from("127.0.0.1")?;
         let stream = tokio_rustls::TlsConnector::from(self.tls.clone())
             .connect(name, stream)
             .await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(connection);
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let ended = tokio::spawn(async { drop(connection.await) });
+        Ok((sender, ended))
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> anyhow::Result<hyper::Response<Incoming>> {
+        let (mut sender, _) = self.connect().await?;
         Ok(sender.send_request(request).await?)
     }
 
-    fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Request<Full<Bytes>> {
+    pub fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Request<Full<Bytes>> {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
