@@ -31,7 +31,7 @@ pub use netlink::Refused;
 pub use netns::{GuestNetns, NetError};
 pub use network::{Count, Counters, Network, NetworkError, Options, Proven, Reclaimed, Step};
 pub use policy::{
-    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RULES, MAX_SERVICES, Mode, Policy, PolicyError,
+    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RATE, MAX_RULES, MAX_SERVICES, Mode, Policy, PolicyError,
     Protocol, Rule, Service, is_never, is_private,
 };
 pub use pool::{Lease, Pool};

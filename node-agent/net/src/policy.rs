@@ -11,6 +11,8 @@ use std::{
 pub const MAX_RULES: usize = 64;
 /// Services of the blade that one VM may use.
 pub const MAX_SERVICES: usize = 16;
+/// Packets or connections a second: the kernel counts a limit in whole nanoseconds per packet.
+pub const MAX_RATE: u32 = 100_000_000;
 
 /// `network.mode` of a spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,9 +133,9 @@ pub enum PolicyError {
         /// As written.
         last: u16,
     },
-    /// A limit of nothing would let nothing pass.
-    #[error("network.limits: each must be 1 or more; mode None lets nothing pass")]
-    ZeroLimit,
+    /// A limit of nothing would let nothing pass, and the kernel cannot keep one that is too high.
+    #[error("network.limits: each must be 1 to {MAX_RATE}; mode None lets nothing pass")]
+    Limit,
 }
 
 impl Policy {
@@ -148,8 +150,9 @@ impl Policy {
         if self.services.len() > MAX_SERVICES {
             return Err(PolicyError::TooManyServices { count: self.services.len() });
         }
-        if [self.limits.packets, self.limits.connects, self.limits.connections].contains(&0) {
-            return Err(PolicyError::ZeroLimit);
+        let limits = [self.limits.packets, self.limits.connects, self.limits.connections];
+        if limits.iter().any(|limit| !(1..=MAX_RATE).contains(limit)) {
+            return Err(PolicyError::Limit);
         }
         match self.egress.iter().position(|rule| rule.ports.is_empty()) {
             Some(rule) => Err(PolicyError::EmptyPorts {

@@ -96,6 +96,9 @@ fn taps_on_a_bridge_are_isolated_when_they_appear_and_let_when_their_vm_is_known
     bad_tap.send(&from_bad.udp(METADATA, ECHO, "metadata"));
     bad_tap.send(&from_bad.udp([172, 30, 0, 1].into(), ECHO, "the blade"));
     wait_for("the denials", || (network.counters(bad.slot).unwrap().denied.packets == before + 2).then_some(()));
+    // Its honest question tells the blade where it is.
+    bad_tap.send(&from_bad.arp(1, from_bad.mac, [172, 30, 0, 1].into()));
+    bad_tap.receive("the bridge's answer", answer);
     // To the other guest's MAC: the bridge has learnt it and would deliver.
     let mut direct = from_bad.udp(good.guest.address, ECHO, "direct");
     direct[..6].copy_from_slice(&good.guest.mac);

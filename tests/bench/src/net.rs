@@ -4,7 +4,6 @@
 //! kernel does later, in its own threads, is on neither side.
 
 use std::{
-    fs,
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -106,7 +105,7 @@ fn per_packet(count: u16) -> Result<f64> {
     let network = Network::open(netns, Options { capacity: count, ..Options::default() })?;
     network.forward()?;
     network.prepare(count)?;
-    let limits = far_net::Limits { packets: u32::MAX, ..far_net::Limits::default() };
+    let limits = far_net::Limits { packets: far_net::MAX_RATE, ..far_net::Limits::default() };
     let mut last = None;
     for _ in 0..count {
         last = Some(network.attach(Policy { limits, ..policy() })?);
@@ -150,7 +149,7 @@ fn children(turns: u32, mut act: impl FnMut(u32) -> Result<()>) -> Result<f64> {
 /// The same with commands: a tap, its anti-spoof rules, its allow list; one shell per VM and its commands in it.
 fn ip_and_nft() -> Result<f64> {
     let netns = GuestNetns::create()?;
-    inside(&netns.path(), "nft 'table inet t { set source { type ifname . ether_addr . ipv4_addr; }; set egress { type ifname . ipv4_addr . inet_proto . inet_service; flags interval; }; chain c { type filter hook prerouting priority raw; iifname . ether saddr . ip saddr != @source drop; } }'")?;
+    inside(&netns.path(), "nft 'table inet t { set source { type ifname . ether_addr . ipv4_addr; }; set egress { type ifname . ipv4_addr . inet_proto . inet_service; flags interval; }; chain c { type filter hook prerouting priority raw; iifname . ether saddr . ip saddr != @source drop; }; }'")?;
     children(COMMANDS, |turn| {
         let tap = format!("t{turn}");
         let element = format!("'{{ {tap} . 02:fa:00:00:00:01 . 169.254.77.2 }}'");
@@ -216,6 +215,5 @@ fn plugin_call(
     child.stdin.take().context("no stdin")?.write_all(config.as_bytes())?;
     let output = child.wait_with_output()?;
     ensure!(output.status.success(), "{plugin} {command}: {}", String::from_utf8_lossy(&output.stdout));
-    let _ = fs::metadata(PLUGINS);
     Ok(output.stdout)
 }
