@@ -1,70 +1,10 @@
-//! PID 1 of the guest: brings the machine up, asks the blade what to run, runs it, and reports how it ended.
-//!
-//! ```text
-//! claim the place -> mounts -> modules -> root file system -> session (connect, config, payload, exit, ack) -> reboot
-//! ```
-//!
-//! `main` is C's, not Rust's: the runtime's start asks for the stack's bounds, which links scanf, locales and dlopen of
-//! the static libc (200 KB) and costs a dozen system calls, all for a message about stack overflow that PID 1 cannot use.
-//!
-//! Single-threaded: one `poll` serves the control stream, the payload's pipes and the death of children. Nothing outside
-//! may panic it, because the kernel panics when PID 1 ends; see [`power`] for the last word.
+//! The program's entry; everything else is in the library, where the fuzzer reaches it.
+#![no_main]
+// Only for the name of the entry.
+#![allow(unsafe_code)]
 
-// `sys` alone may use it; it also holds the C entry point.
-#![deny(unsafe_code)]
-#![cfg_attr(not(test), no_main)]
-
-mod boot;
-mod cgroup;
-mod channels;
-mod control;
-mod files;
-mod flintlock;
-mod logs;
-mod machine;
-mod modules;
-mod mounts;
-mod network;
-mod payload;
-mod place;
-mod plan;
-mod power;
-mod reap;
-mod rootfs;
-mod session;
-mod spawn;
-mod sys;
-mod users;
-
-use boot::BootReport;
-use place::Place;
-
-/// The exit code; in a guest the VM ends before.
-fn start() -> u8 {
-    sys::stand_on_own_feet();
-    let place = match Place::claim(std::env::args_os().skip(1)) {
-        Ok(place) => place,
-        Err(refusal) => {
-            eprintln!("far-init: {refusal}");
-            return 2;
-        }
-    };
-    power::install_last_word(place.is_guest());
-    let end = run(&place);
-    power::leave(&place, end)
-}
-
-fn run(place: &Place) -> Result<(), power::Fatal> {
-    let mut boot = BootReport::new();
-    boot.done("init");
-    mounts::mount_base(place, &mut boot)?;
-    power::open_console(place);
-    boot.done("mounts");
-    modules::load_listed(place, &mut boot);
-    boot.done("modules");
-    let root = rootfs::assemble(place, &mut boot);
-    let cgroup = cgroup::Cgroup::create(place, &mut boot);
-    network::raise_loopback(place, &mut boot);
-    boot.done("rootfs");
-    session::Session::new(place, boot, root, cgroup)?.run()
+/// Called by the C library's start code, instead of the Rust runtime's start (see the library's header).
+#[unsafe(export_name = "main")]
+extern "C" fn entry(_count: libc::c_int, _arguments: *const *const libc::c_char) -> libc::c_int {
+    libc::c_int::from(far_init::start())
 }

@@ -7,14 +7,6 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-/// The program's entry, called by the C library's start code.
-// Under test, the test harness has its own.
-#[cfg_attr(not(test), unsafe(export_name = "main"))]
-#[cfg_attr(test, allow(dead_code))]
-extern "C" fn entry(_count: libc::c_int, _arguments: *const *const libc::c_char) -> libc::c_int {
-    libc::c_int::from(crate::start())
-}
-
 /// What Rust's own start would have done and this program needs: descriptors 0 to 2 are taken, so that nothing opened
 /// later is mistaken for a standard stream, and a pipe without a reader is an error instead of a signal.
 pub(crate) fn stand_on_own_feet() {

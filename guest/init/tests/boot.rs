@@ -599,7 +599,7 @@ fn a_real_guest_answers_exec_files_forward_time_entropy_and_freeze() {
     assert_eq!(host.answer(7), "");
     host.until("more lines", |host| host.channels[&6].stdout.len() > still);
 
-    let beat = host.blade.last_heartbeat.clone().unwrap();
+    let beat = host.blade.last_heartbeat.unwrap();
     eprintln!("{beat:?}");
     assert!(
         beat.channels == 1 && beat.payload_memory_kib > 0 && beat.processes >= 2,

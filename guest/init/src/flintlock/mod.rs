@@ -456,6 +456,11 @@ fn frame(kind: u8, payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
+/// For the fuzzer.
+pub(crate) fn try_request(bytes: &[u8]) {
+    let _ = understand(bytes);
+}
+
 /// The request's JSON as what is to be done.
 fn understand(bytes: &[u8]) -> Result<Request, &'static str> {
     let json = Json::parse(bytes).ok_or("the request is not JSON")?;
