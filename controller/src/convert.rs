@@ -47,6 +47,8 @@ pub(crate) fn blade(node: &FarNode) -> Blade {
     let images = status.images.unwrap_or_default().into_iter();
     Blade {
         ready: is_ready(node),
+        // The API does not know that: the links do.
+        unreachable: false,
         cordoned: node.spec.unschedulable.unwrap_or(false),
         taints: node
             .spec

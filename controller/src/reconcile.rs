@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 use far_api::{FINALIZER, FarAgent};
 use far_core::{
     lifecycle::{BladeView, Decision, Seen, decide},
+    placement::Cause,
     status::{Fact, Phase, Report, Status},
 };
 use far_proto::node::{EndReason, Identity};
@@ -155,13 +156,18 @@ impl Pass<'_> {
             Decision::Place => self.place(&status).await,
             Decision::Ensure => self.ensure(&status).await,
             Decision::Tell => match &report {
+                // An unreachable blade is lost by time alone.
+                Some(report) if seen.blade == BladeView::Unreachable => match self.tell(&status, report).await? {
+                    Next::Rest(_) => Ok(Next::Rest(Action::requeue(WAITING))),
+                    Next::Again => Ok(Next::Again),
+                },
                 Some(report) => self.tell(&status, report).await,
                 None => Ok(Next::Rest(Action::requeue(RECHECK))),
             },
             Decision::DeclareForgotten => self.declare_forgotten(&status).await,
             Decision::DeclareLost => {
                 let blade = status.node.clone().unwrap_or_default();
-                let message = format!("blade {blade} is not heard of; the agent may still run there");
+                let message = format!("blade {blade} is not heard of or cannot be called; the agent may still run there");
                 self.learn(&status, &Fact::BladeLost { message: &message }).await?;
                 Ok(Next::Rest(Action::requeue(RECHECK)))
             }
@@ -176,7 +182,7 @@ impl Pass<'_> {
             Decision::ReleaseUnconfirmed => {
                 let blade = status.node.unwrap_or_default();
                 let note = format!(
-                    "blade {blade} was not heard of for the whole fence time: released without its confirmation"
+                    "blade {blade} was not reached for the whole fence time: released without its confirmation"
                 );
                 self.context
                     .events
@@ -194,6 +200,10 @@ impl Pass<'_> {
             Err(message) => return self.learn(status, &Fact::Rejected { message: &message }).await,
         };
         match world.place(&self.uid, request) {
+            Err(unschedulable) if unschedulable.causes.contains_key(&Cause::Unreachable) && world.is_settling() => {
+                tracing::debug!(uid = self.uid, %unschedulable, "waiting for a blade's connection");
+                Ok(Next::Rest(Action::requeue(WAITING)))
+            }
             Err(unschedulable) => {
                 let message = unschedulable.to_string();
                 let written = self.learn(status, &Fact::Unschedulable(&message)).await;

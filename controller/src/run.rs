@@ -234,7 +234,11 @@ fn work(
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
 ) -> Result<()> {
-    let world = Arc::new(World::new(config.seed.unwrap_or_else(rand::random), config.fence_after));
+    let world = Arc::new(World::new(
+        config.seed.unwrap_or_else(rand::random),
+        config.node_lost_after,
+        config.fence_after,
+    ));
     let (agents_known, nodes_known) = (CancellationToken::new(), CancellationToken::new());
     let own = ca.own_identity(&[])?;
     let credentials = Arc::new(Credentials {

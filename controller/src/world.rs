@@ -12,7 +12,7 @@ use std::{
 use far_api::{FarAgent, FarNode};
 use far_core::{
     lifecycle::BladeView,
-    placement::{Placer, Request, Unschedulable},
+    placement::{Blade, Placer, Request, Unschedulable},
     status::{Report, Status},
 };
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
@@ -22,6 +22,8 @@ use crate::{convert, dirty::Dirty};
 
 /// A blade that refused an agent is not asked again for this long.
 const REFUSAL: Duration = Duration::from_secs(10);
+/// A blade that is not connected for less than this is expected back any moment: as long as a connection may take.
+const SETTLING: Duration = Duration::from_secs(10);
 /// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
 const MAX_REPORTS: usize = 65_536;
 
@@ -42,11 +44,22 @@ struct Agent {
 #[derive(Debug)]
 struct Node {
     channel: Option<Channel>,
-    /// Every state of the blade's agents is known, and changes come in.
-    synced: bool,
+    /// Since when not every state of the blade's agents is known, or changes do not come in; `None`: it is connected.
+    unsynced_since: Option<Instant>,
     ready: bool,
     /// Since when it is not ready.
     lost_since: Option<Instant>,
+    /// As the API tells of it.
+    blade: Blade,
+}
+
+impl Node {
+    /// Since when its agents' fate is unknown: it is silent, or it speaks but has not been reached for `patience`.
+    fn lost_since(&self, patience: Duration) -> Option<Instant> {
+        let unsynced = self.unsynced_since?;
+        let unreached = (unsynced.elapsed() >= patience).then(|| unsynced + patience);
+        [self.lost_since, unreached].into_iter().flatten().min()
+    }
 }
 
 #[derive(Debug)]
@@ -67,11 +80,12 @@ struct Inner {
 pub(crate) struct World {
     inner: Mutex<Inner>,
     pub(crate) dirty: Arc<Dirty>,
+    lost_after: Duration,
     fence_after: Duration,
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, fence_after: Duration) -> Self {
+    pub(crate) fn new(seed: u64, lost_after: Duration, fence_after: Duration) -> Self {
         let inner = Inner {
             placer: Placer::new(seed),
             agents: HashMap::new(),
@@ -84,6 +98,7 @@ impl World {
         Self {
             inner: Mutex::new(inner),
             dirty: Arc::default(),
+            lost_after,
             fence_after,
         }
     }
@@ -190,6 +205,15 @@ impl World {
         placed
     }
 
+    /// A blade that only has to be connected to may take an agent in a moment: then nothing is said about it yet.
+    pub(crate) fn is_settling(&self) -> bool {
+        let inner = self.lock();
+        inner
+            .nodes
+            .values()
+            .any(|node| node.ready && node.unsynced_since.is_some_and(|since| since.elapsed() < SETTLING))
+    }
+
     /// Gives the room back: the choice was not written, or the blade refused. Those who wait hear only of a refusal: what
     /// was not written is tried again in a moment, and waking others at every try would spin as fast as the API fails.
     pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
@@ -226,11 +250,12 @@ impl World {
         let mut inner = self.lock();
         inner.missing.remove(&name);
         let ready = convert::is_ready(node);
-        let entry = inner.nodes.entry(name.clone()).or_insert(Node {
+        let entry = inner.nodes.entry(name.clone()).or_insert_with(|| Node {
             channel: None,
-            synced: false,
+            unsynced_since: Some(Instant::now()),
             ready,
             lost_since: None,
+            blade: Blade::default(),
         });
         let turned = entry.ready != ready;
         entry.ready = ready;
@@ -239,11 +264,22 @@ impl World {
         } else {
             entry.lost_since.or_else(|| Some(Instant::now()))
         };
-        if inner.placer.upsert_blade(&name, convert::blade(node)) {
-            self.wake_pending(&inner);
-        }
+        entry.blade = convert::blade(node);
+        self.offer(&mut inner, &name);
         if turned {
             self.wake_blade(&inner, &name);
+        }
+    }
+
+    /// Tells placement what a blade is worth now.
+    fn offer(&self, inner: &mut Inner, name: &str) {
+        let Some(node) = inner.nodes.get(name) else { return };
+        let blade = Blade {
+            unreachable: node.unsynced_since.is_some(),
+            ..node.blade.clone()
+        };
+        if inner.placer.upsert_blade(name, blade) {
+            self.wake_pending(inner);
         }
     }
 
@@ -281,13 +317,8 @@ impl World {
             }
         };
         let view = match inner.nodes.get(name) {
-            Some(node) if node.synced => BladeView::Connected,
-            Some(Node {
-                ready: false,
-                lost_since: Some(since),
-                ..
-            }) => lost(*since),
-            Some(_) => BladeView::Unreachable,
+            Some(node) if node.unsynced_since.is_none() => BladeView::Connected,
+            Some(node) => node.lost_since(self.lost_after).map_or(BladeView::Unreachable, lost),
             None => lost(*inner.missing.entry(name.clone()).or_insert_with(Instant::now)),
         };
         (view, report)
@@ -303,8 +334,8 @@ impl World {
     pub(crate) fn set_channel(&self, blade: &str, channel: Channel) {
         if let Some(node) = self.lock().nodes.get_mut(blade) {
             node.channel = Some(channel);
-            node.synced = false;
         }
+        self.unsynced(blade);
     }
 
     /// The blade told everything it knows; `told` are the uids of it. What it no longer speaks of is forgotten.
@@ -314,15 +345,19 @@ impl World {
             reports.retain(|uid, _| told.contains(uid));
         }
         if let Some(node) = inner.nodes.get_mut(blade) {
-            node.synced = true;
+            node.unsynced_since = None;
         }
+        self.offer(&mut inner, blade);
         self.wake_blade(&inner, blade);
     }
 
+    /// Changes of the blade's agents do not come in any more.
     pub(crate) fn unsynced(&self, blade: &str) {
-        if let Some(node) = self.lock().nodes.get_mut(blade) {
-            node.synced = false;
+        let mut inner = self.lock();
+        if let Some(node) = inner.nodes.get_mut(blade) {
+            node.unsynced_since.get_or_insert_with(Instant::now);
         }
+        self.offer(&mut inner, blade);
     }
 
     /// A blade speaks of an attempt. An older attempt than the newest known says nothing.

@@ -223,3 +223,29 @@ async fn a_refused_attempt_is_powerless_before_the_next_one_is_placed() {
     assert_eq!(full.fake.late_ensure(&uid, 1).await, Phase::Ended);
     assert_eq!(full.fake.attempts(&uid), Vec::<u32>::new(), "nothing boots there");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blade_that_sends_heartbeats_but_cannot_be_called_is_lost_and_gets_no_agents() {
+    let cluster = Cluster::start_with(|config| {
+        config.node_lost_after = Duration::from_secs(2);
+        config.fence_after = Duration::from_secs(2);
+    })
+    .await;
+    let mut blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("stuck", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    blade.stop_serving().await;
+    cluster.wait_phase("stuck", "Unknown").await;
+    cluster.create("waits", json!({"image": "a"})).await;
+    cluster
+        .wait("waits", "to be told why", |status| {
+            status["message"]
+                .as_str()
+                .is_some_and(|text| text.contains("not reachable"))
+        })
+        .await;
+    cluster.delete("stuck").await;
+    cluster.wait_gone("stuck").await;
+    let events = cluster.events("stuck").await;
+    assert!(events.contains(&"ReleasedUnconfirmed".to_owned()), "{events:?}");
+}

@@ -13,6 +13,8 @@ use std::fmt;
 pub struct Blade {
     /// Heard of lately.
     pub ready: bool,
+    /// Calls do not reach it, whatever it says of itself.
+    pub unreachable: bool,
     /// Cordoned by an operator, or tainted.
     pub cordoned: bool,
     /// Taint keys that keep new agents away.
@@ -52,6 +54,7 @@ pub struct Request {
 pub enum Cause {
     OtherBladeNamed,
     NotReady,
+    Unreachable,
     Cordoned,
     Tainted,
     SelectorDiffers,
@@ -66,6 +69,7 @@ impl fmt::Display for Cause {
         f.write_str(match self {
             Self::OtherBladeNamed => "not named by spec.nodeName",
             Self::NotReady => "not ready",
+            Self::Unreachable => "not reachable",
             Self::Cordoned => "unschedulable",
             Self::Tainted => "tainted",
             Self::SelectorDiffers => "didn't match spec.nodeSelector",
@@ -242,6 +246,9 @@ impl Placer {
         }
         if !blade.ready {
             return vec![Cause::NotReady];
+        }
+        if blade.unreachable {
+            return vec![Cause::Unreachable];
         }
         if blade.cordoned {
             return vec![Cause::Cordoned];

@@ -46,7 +46,7 @@ fn marked(world: &World) -> Vec<String> {
 
 #[test]
 fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent() {
-    let world = World::new(1, LONG);
+    let world = World::new(1, LONG, LONG);
     let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
     world.observe(&one, false);
     world.observe(&other, false);
@@ -54,6 +54,7 @@ fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent
         assert!(place(&world, agent).is_err(), "there is no blade yet");
     }
     world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
     assert_eq!(place(&world, &one).unwrap(), "b1");
     marked(&world);
     for _ in 0..3 {
@@ -64,4 +65,43 @@ fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent
     // Room that comes free for good is told to those who wait.
     world.forget("one");
     assert_eq!(marked(&world), ["other"]);
+}
+
+#[test]
+fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced() {
+    let on_b1 = Status {
+        node: Some("b1".into()),
+        ..Status::default()
+    };
+    for (lost_after, fence_after, expected) in [
+        (LONG, LONG, BladeView::Unreachable),
+        (Duration::ZERO, LONG, BladeView::Lost),
+        (Duration::ZERO, Duration::ZERO, BladeView::Fenced),
+    ] {
+        let world = World::new(1, lost_after, fence_after);
+        world.observe_node(&node("b1"));
+        assert_eq!(world.view("one", &on_b1).0, expected, "never reached");
+        world.synced("b1", &HashSet::new());
+        assert_eq!(world.view("one", &on_b1).0, BladeView::Connected);
+        world.unsynced("b1");
+        world.observe_node(&node("b1"));
+        assert_eq!(world.view("one", &on_b1).0, expected, "reached no more");
+    }
+}
+
+#[test]
+fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() {
+    let world = World::new(1, LONG, LONG);
+    let one = agent("one", Value::Null);
+    world.observe(&one, false);
+    world.observe_node(&node("b1"));
+    let refused = place(&world, &one).unwrap_err().to_string();
+    assert_eq!(refused, "0/1 blades are available: 1 not reachable.");
+    marked(&world);
+    world.synced("b1", &HashSet::new());
+    assert_eq!(marked(&world), ["one"]);
+    world.unsynced("b1");
+    assert!(place(&world, &one).is_err());
+    world.synced("b1", &HashSet::new());
+    assert_eq!(place(&world, &one).unwrap(), "b1");
 }

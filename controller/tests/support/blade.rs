@@ -215,6 +215,10 @@ impl FakeBlade {
             tasks,
         };
         cluster.wait_ready(name, "True").await;
+        super::until("the controller to listen to the blade", async || {
+            (blade.fake.watchers() > 0).then_some(())
+        })
+        .await;
         blade
     }
 
