@@ -1,9 +1,9 @@
 //! One far-node as a real process, in folders of its own.
 
-use far_node::client::connect_unix;
+use far_node::client::{connect_inside_unix, connect_unix};
 use far_proto::node::{
     AgentSpec, AgentState, EnsureAgentRequest, Identity, ListAgentsRequest, LoadImageRequest, LogChunk, LogsRequest,
-    WatchEventsRequest, node_client::NodeClient,
+    WatchEventsRequest, inside_client::InsideClient, node_client::NodeClient,
 };
 use futures::StreamExt;
 use std::{
@@ -141,6 +141,11 @@ impl Node {
 
     pub(crate) fn client(&mut self) -> &mut NodeClient<Channel> {
         &mut self.client
+    }
+
+    /// A client for what people do inside agents.
+    pub(crate) async fn inside(&self) -> InsideClient<Channel> {
+        connect_inside_unix(&self.at("run/node.sock")).await.unwrap()
     }
 
     fn at(&self, name: &str) -> PathBuf {
