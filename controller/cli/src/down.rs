@@ -116,12 +116,13 @@ async fn end_agents(folders: &Folders) -> anyhow::Result<()> {
     }
     output::note(&format!("ending {} agents …", live.len()));
     for agent in &live {
-        let request = StopAgentRequest {
+        let mut request = tonic::Request::new(StopAgentRequest {
             epoch: 0,
             identity: agent.identity.clone(),
             grace_s: Some(MAX_AGENT_GRACE_S),
             reason: EndReason::Evicted.into(),
-        };
+        });
+        request.set_timeout(DAEMON_GRACE);
         client
             .stop_agent(request)
             .await

@@ -1,9 +1,13 @@
 //! The node agent's socket on this machine.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use far_proto::node::{inside_client::InsideClient, node_client::NodeClient};
 use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 /// Largest answer: a list of all agents of a blade with their tails.
@@ -18,6 +22,8 @@ pub(crate) enum NodeError {
         socket: PathBuf,
         source: tonic::transport::Error,
     },
+    #[error("{socket} is not this user's: remove it, or choose another folder with FAR_RUN")]
+    Foreign { socket: PathBuf, source: io::Error },
     #[error("{what}: {}", .status.message())]
     Refused { what: String, status: Box<tonic::Status> },
 }
@@ -59,10 +65,18 @@ async fn channel(socket: &Path) -> Result<Channel, NodeError> {
             socket: socket.to_path_buf(),
         });
     }
+    if let Err(source) = open(socket).await
+        && source.kind() == io::ErrorKind::PermissionDenied
+    {
+        return Err(NodeError::Foreign {
+            socket: socket.to_path_buf(),
+            source,
+        });
+    }
     let path = socket.to_path_buf();
     let connector = tower::service_fn(move |_: Uri| {
         let path = path.clone();
-        async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        async move { open(&path).await.map(TokioIo::new) }
     });
     // The address is only the request's authority; the connector ignores it.
     Endpoint::from_static("http://node.far")
@@ -74,8 +88,22 @@ async fn channel(socket: &Path) -> Result<Channel, NodeError> {
         })
 }
 
+/// Speaks to nobody but this user and root: in /tmp another user may have made the folder first, and would be told
+/// secrets. The kernel says who listens (`SO_PEERCRED`, unix(7)).
+async fn open(socket: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(socket).await?;
+    let (owner, me) = (stream.peer_cred()?.uid(), nix::unistd::getuid().as_raw());
+    if owner != me && owner != 0 {
+        let why = format!("user {owner} listens on it");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    Ok(stream)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::{fs::PermissionsExt, process::CommandExt};
+
     use super::*;
 
     #[tokio::test]
@@ -88,5 +116,37 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
         let error = connect(&socket).await.unwrap_err().to_string();
         assert!(error.contains("does not answer") && error.contains("far up"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_another_user_serves_is_not_spoken_to() {
+        let test = "a_socket_that_another_user_serves_is_not_spoken_to";
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let socket = folder.path().join("node.sock");
+        let squatter = std::process::Command::new("perl")
+            .args(["-MIO::Socket::UNIX", "-e"])
+            .arg("$s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 8) or die; chmod 0777, $ARGV[0]; sleep 600")
+            .arg(&socket)
+            // nobody on Debian and Ubuntu.
+            .uid(65534)
+            .gid(65534)
+            .spawn();
+        let mut squatter = match squatter {
+            Ok(squatter) => squatter,
+            Err(error) => return eprintln!("SKIPPED {test}: starting perl as another user: {error}"),
+        };
+        while std::fs::metadata(&socket).map_or(true, |seen| seen.permissions().mode() & 0o777 != 0o777) {
+            assert!(
+                squatter.try_wait().unwrap().is_none(),
+                "the other user's program listens"
+            );
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let connected = connect(&socket).await;
+        squatter.kill().unwrap();
+        squatter.wait().unwrap();
+        let error = crate::exit::chain(&connected.unwrap_err().into());
+        assert!(error.contains("user 65534") && error.contains("FAR_RUN"), "{error}");
     }
 }

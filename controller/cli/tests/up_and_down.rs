@@ -13,7 +13,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::{Machine, Ran, until};
+use common::{Machine, PATIENCE, Ran, blade::Blade, until};
 use serde_json::Value;
 
 /// Writes its arguments and its ready file, then stays. Files beside the script change what it does. Its ports are below
@@ -36,6 +36,8 @@ exec sleep 1000
 struct Stage {
     machine: Machine,
     bin: PathBuf,
+    /// Serves the node agent's socket: a shell script cannot.
+    blade: Blade,
 }
 
 impl Stage {
@@ -54,7 +56,8 @@ impl Stage {
         for file in ["vmlinux", "initramfs.cpio", "tiffany-vm.oci.tar"] {
             fs::write(kit.join(file), "x").unwrap();
         }
-        Self { machine, bin }
+        let blade = Blade::serve(&machine.dir.path().join("run"));
+        Self { machine, bin, blade }
     }
 
     async fn far(&self, args: &[&str]) -> Ran {
@@ -213,6 +216,19 @@ async fn down_ends_everything_also_what_ignores_term_and_what_is_stopped_twice()
     assert!(out.contains("removed"), "{out}");
     assert!(!stage.machine.dir.path().join("state").exists());
     assert!(!stage.machine.dir.path().join("run").exists());
+}
+
+#[tokio::test]
+async fn down_does_not_wait_for_a_node_agent_that_never_answers() {
+    let stage = Stage::new();
+    assert_eq!(stage.far(&["up"]).await.0, 0);
+    stage.blade.has_an_agent_that_cannot_be_stopped();
+    let (code, out, err) = tokio::time::timeout(PATIENCE, stage.far(&["down"]))
+        .await
+        .expect("far down ends");
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(err.contains("ended without it"), "{err}");
+    assert!(out.contains("far-node stopped"), "{out}");
 }
 
 #[tokio::test]

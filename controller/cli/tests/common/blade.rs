@@ -25,6 +25,7 @@ struct State {
     output: Vec<(OutputStream, String)>,
     /// Keeps the output's stream open, as a running agent does.
     is_running: bool,
+    agents: Vec<AgentState>,
 }
 
 /// Handle of the test.
@@ -56,6 +57,11 @@ impl Blade {
 
     pub(crate) fn keeps_running(&self) {
         self.0.lock().unwrap().is_running = true;
+    }
+
+    /// Lists a live agent, and never answers when it is to be stopped.
+    pub(crate) fn has_an_agent_that_cannot_be_stopped(&self) {
+        self.0.lock().unwrap().agents.push(AgentState::default());
     }
 
     pub(crate) fn loaded_bytes(&self) -> Vec<u8> {
@@ -157,13 +163,17 @@ impl Node for Blade {
         not_here()
     }
     async fn stop_agent(&self, _: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {
-        not_here()
+        std::future::pending().await
     }
     async fn forget_agent(&self, _: Request<ForgetAgentRequest>) -> Result<Response<ForgetAgentResponse>, Status> {
         not_here()
     }
     async fn list_agents(&self, _: Request<ListAgentsRequest>) -> Result<Response<ListAgentsResponse>, Status> {
-        not_here()
+        let agents = self.0.lock().unwrap().agents.clone();
+        Ok(Response::new(ListAgentsResponse {
+            agents,
+            ..ListAgentsResponse::default()
+        }))
     }
     async fn watch_events(&self, _: Request<WatchEventsRequest>) -> Result<Response<Events>, Status> {
         not_here()
