@@ -88,6 +88,14 @@ async fn channel(socket: &Path) -> Result<Channel, NodeError> {
         })
 }
 
+/// Whether the node agent's socket is there and somebody listens on it.
+pub(crate) async fn is_served(socket: &Path) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+    !open(socket)
+        .await
+        .is_err_and(|error| matches!(error.kind(), NotFound | ConnectionRefused | PermissionDenied))
+}
+
 /// Speaks to nobody but this user and root: in /tmp another user may have made the folder first, and would be told
 /// secrets. The kernel says who listens (`SO_PEERCRED`, unix(7)).
 async fn open(socket: &Path) -> io::Result<UnixStream> {

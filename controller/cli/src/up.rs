@@ -15,7 +15,7 @@ use crate::{
     doctor, down,
     exit::Outcome,
     folders::Folders,
-    output,
+    node, output,
 };
 
 /// Time for a daemon that has to be restarted to go by itself.
@@ -138,15 +138,17 @@ async fn ensure(
     daemons::bound_log(&daemon.log(folders))?;
     let was_started = daemon.was_started(folders);
     if let Some(process) = daemon.process(folders) {
+        // A logout takes /run/user/<uid> away where the user does not linger, and leaves the processes.
+        let is_reachable = daemon != Daemon::Node || node::is_served(&folders.node_socket()).await;
         match daemon.address(folders) {
-            Some(address) if !must_restart && !process.is_of_replaced_program() => {
+            Some(address) if !must_restart && is_reachable && !process.is_of_replaced_program() => {
                 output::line(&format!("{program} runs already (pid {}, {address})", process.pid));
                 return Ok(Running {
                     address,
                     has_moved: false,
                 });
             }
-            // It never came to serve, has to hear something new, or was built again since.
+            // It never came to serve, lost its socket, has to hear something new, or was built again since.
             _ => {
                 daemon.stop(folders, RESTART_GRACE).await?;
             }

@@ -108,6 +108,8 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        // It cannot answer while this thread waits for far.
+        let _ = fs::remove_file(self.machine.dir.path().join("run/node.sock"));
         // Also when a test failed half-way: nothing of it stays.
         let _ = Command::new(self.bin.join("far"))
             .arg("down")
@@ -174,6 +176,21 @@ async fn a_part_that_was_killed_is_dead_until_up_starts_it_at_its_old_address() 
     assert_ne!(after[1].1, before[1].1);
     assert_eq!(after[1].2, before[1].2, "the others find it where it was");
     assert_eq!((&after[0], &after[2]), (&before[0], &before[2]), "they were left alone");
+}
+
+#[tokio::test]
+async fn a_node_agent_whose_socket_went_with_the_users_logout_is_started_again() {
+    let stage = Stage::new();
+    assert_eq!(stage.far(&["up"]).await.0, 0);
+    let before = stage.parts().await;
+    // As systemd does with /run/user/<uid> where the user does not linger; the processes stay.
+    fs::remove_dir_all(stage.machine.dir.path().join("run")).unwrap();
+    let (code, out, err) = stage.far(&["up"]).await;
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(out.contains("far-node restarted"), "{out}");
+    let after = stage.parts().await;
+    assert_ne!(after[2].1, before[2].1);
+    assert_eq!((&after[0], &after[1]), (&before[0], &before[1]), "they were left alone");
 }
 
 #[tokio::test]
