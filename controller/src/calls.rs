@@ -93,12 +93,17 @@ impl Blade {
         Ok(convert::report(state).map(|(_, report)| report))
     }
 
-    /// What the blade says of one attempt, asked directly.
-    pub(crate) async fn find(&mut self, uid: &str, attempt: u32) -> Result<Option<Report>, CallError> {
+    /// Every attempt the blade keeps.
+    pub(crate) async fn list(&mut self) -> Result<Vec<(Identity, Report)>, CallError> {
         let list = within(self.client.list_agents(ListAgentsRequest {}))
             .await
             .map_err(|status| common(&status))?;
-        let mut all = list.agents.into_iter().filter_map(convert::report);
+        Ok(list.agents.into_iter().filter_map(convert::report).collect())
+    }
+
+    /// What the blade says of one attempt, asked directly.
+    pub(crate) async fn find(&mut self, uid: &str, attempt: u32) -> Result<Option<Report>, CallError> {
+        let mut all = self.list().await?.into_iter();
         Ok(all
             .find(|(identity, _)| identity.uid == uid && identity.attempt == attempt)
             .map(|(_, report)| report))

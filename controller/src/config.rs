@@ -28,6 +28,9 @@ pub struct Config {
     /// Keep a fresh one-use join token in this file (0600) while the controller runs.
     #[arg(long)]
     pub issue_join_token_file: Option<PathBuf>,
+    /// The token in that file is for this blade only; without, it lets any new blade in, but replaces none.
+    #[arg(long, requires = "issue_join_token_file")]
+    pub join_token_blade: Option<String>,
     /// Write the CA's certificate (PEM) to this file.
     #[arg(long)]
     pub ca_out: Option<PathBuf>,
@@ -40,6 +43,9 @@ pub struct Config {
     /// Seconds a blade must be lost before the finalizers of its deleted agents are removed unconfirmed.
     #[arg(long, default_value = "600", value_parser = seconds)]
     pub fence_after: Duration,
+    /// Seconds between two looks for attempts on a blade that no agent owns any more.
+    #[arg(long, default_value = "60", value_parser = seconds)]
+    pub sweep_every: Duration,
     /// Life of blades' certificates in seconds, 60 to 2592000; blades renew at half of it.
     #[arg(long, default_value = "86400", value_parser = seconds)]
     pub certificate_life: Duration,
@@ -66,10 +72,12 @@ impl Config {
             ready_file: None,
             install_crds: false,
             issue_join_token_file: None,
+            join_token_blade: None,
             ca_out: None,
             heartbeat_ms: 5_000,
             node_lost_after: Duration::from_secs(40),
             fence_after: Duration::from_secs(600),
+            sweep_every: Duration::from_secs(60),
             certificate_life: Duration::from_secs(86_400),
             lease_duration: Duration::from_secs(15),
             concurrency: 32,

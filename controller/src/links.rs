@@ -10,14 +10,20 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use far_core::status::Stage;
-use far_proto::node::{EndReason, ForgetAgentRequest, StopAgentRequest, WatchEventsRequest};
+use far_proto::node::{EndReason, WatchEventsRequest};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::{backoff::Backoff, ca, calls, convert, world::World};
+use crate::{
+    backoff::Backoff,
+    ca,
+    calls::{self, Blade, CallError},
+    convert,
+    world::World,
+};
 
 /// A silent blade is asked whether it lives after this long, and has this long to answer.
 const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(10));
@@ -41,6 +47,8 @@ pub(crate) struct Links {
     pub(crate) deposed: CancellationToken,
     /// Cancelled once the list of agents is complete: before that nothing can be called an orphan.
     pub(crate) agents_known: CancellationToken,
+    /// Between two looks for attempts that no agent owns.
+    pub(crate) sweep_every: Duration,
 }
 
 impl Links {
@@ -56,11 +64,12 @@ impl Links {
         self.world.set_channel(&blade, channel.clone());
         let mut backoff = Backoff::default();
         loop {
-            let mut was_synced = false;
+            let synced = CancellationToken::new();
             let ended = tokio::select! {
                 // Another link may have taken over already: its state is not touched.
                 () = stop.cancelled() => return,
-                ended = self.follow(&blade, channel.clone(), &mut was_synced) => ended,
+                ended = self.follow(&blade, channel.clone(), &synced) => ended,
+                () = self.sweep(&blade, channel.clone(), synced.clone()) => continue,
             };
             self.world.unsynced(&blade);
             if ended.code() == Code::FailedPrecondition {
@@ -72,7 +81,7 @@ impl Links {
                 self.deposed.cancel();
                 return;
             }
-            if was_synced {
+            if synced.is_cancelled() {
                 backoff.succeeded();
             }
             tracing::info!(
@@ -105,8 +114,8 @@ impl Links {
     }
 
     /// Ends with the reason the stream ended.
-    async fn follow(&self, blade: &str, channel: Channel, was_synced: &mut bool) -> Status {
-        let mut client = calls::client(channel.clone());
+    async fn follow(&self, blade: &str, channel: Channel, synced: &CancellationToken) -> Status {
+        let mut client = calls::client(channel);
         let request = WatchEventsRequest {
             epoch: self.epoch,
             from_seq: 0,
@@ -123,54 +132,56 @@ impl Links {
                 Err(status) => return status,
             };
             if let Some((identity, report)) = event.state.and_then(convert::report) {
-                if !*was_synced {
+                if !synced.is_cancelled() {
                     told.insert(identity.uid.clone());
                 }
                 self.world.told(blade, &identity.uid, report);
             }
-            if event.replay_done && !*was_synced {
-                *was_synced = true;
+            if event.replay_done && !synced.is_cancelled() {
                 tracing::info!(blade, agents = told.len(), "the blade is connected");
                 self.world.synced(blade, &std::mem::take(&mut told));
-                if self.agents_known.is_cancelled() {
-                    self.remove_orphans(blade, channel.clone()).await;
-                }
+                synced.cancel();
             }
         }
     }
 
-    /// Ends and forgets attempts whose agents are no longer in the API: released unconfirmed while the blade was away.
-    async fn remove_orphans(&self, blade: &str, channel: Channel) {
-        let mut client = calls::client(channel);
-        for (uid, report) in self.world.orphans(blade) {
-            let identity = far_proto::node::Identity {
-                uid: uid.clone(),
-                attempt: report.attempt,
-                ..Default::default()
-            };
-            tracing::info!(blade, uid, "an attempt on the blade has no agent any more: it is ended");
-            let (epoch, identity) = (self.epoch, Some(identity));
-            let done = if report.stage == Stage::Ended {
-                client
-                    .forget_agent(ForgetAgentRequest { epoch, identity })
-                    .await
-                    .map(drop)
-            } else {
-                let reason = EndReason::Evicted.into();
-                client
-                    .stop_agent(StopAgentRequest {
-                        epoch,
-                        identity,
-                        grace_s: None,
-                        reason,
-                    })
-                    .await
-                    .map(drop)
+    /// Once the blade is connected, and then again and again: ends and forgets what no agent owns. Beside the event stream,
+    /// never in it: a slow answer holds no event back.
+    async fn sweep(&self, blade: &str, channel: Channel, synced: CancellationToken) {
+        synced.cancelled().await;
+        self.agents_known.cancelled().await;
+        let mut blade_calls = Blade::new(channel, self.epoch);
+        loop {
+            if let Err(error) = self.remove_orphans(blade, &mut blade_calls).await {
+                tracing::warn!(blade, %error, "attempts that no agent owns could not be removed");
+            }
+            tokio::time::sleep(self.sweep_every).await;
+        }
+    }
+
+    /// What is ended now is forgotten the next time. One that cannot be removed holds no other back.
+    async fn remove_orphans(&self, blade: &str, calls: &mut Blade) -> Result<(), CallError> {
+        for (identity, report) in calls.list().await? {
+            let (uid, attempt) = (identity.uid.clone(), identity.attempt);
+            if !self.world.is_orphan(blade, &uid, attempt) {
+                continue;
+            }
+            tracing::info!(blade, uid, attempt, stage = ?report.stage, "no agent owns an attempt on the blade: it is removed");
+            let done = match report.stage {
+                Stage::Ended => calls.forget(identity).await,
+                Stage::Stopping => Ok(()),
+                Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Running => {
+                    calls.stop(identity, None, EndReason::Evicted).await.map(drop)
+                }
             };
             match done {
-                Ok(()) => self.world.untold(blade, &uid),
-                Err(error) => tracing::warn!(blade, uid, %error, "an orphaned attempt could not be ended"),
+                Ok(()) if report.stage == Stage::Ended => self.world.untold(blade, &uid, attempt),
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(blade, uid, attempt, %error, "an attempt that no agent owns was not removed")
+                }
             }
         }
+        Ok(())
     }
 }

@@ -58,6 +58,7 @@ pub struct Running {
 #[derive(Debug)]
 struct Keeper {
     tokens: Tokens,
+    blade: Option<String>,
     current: Arc<std::sync::Mutex<String>>,
 }
 
@@ -94,12 +95,14 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         Some(path) => {
             let keeper = Keeper {
                 tokens: Tokens::new(&config.state_dir),
+                blade: config.join_token_blade.clone(),
                 current: Arc::default(),
             };
             issue(&keeper, &path)?;
             let (again, stop) = (
                 Keeper {
                     tokens: keeper.tokens.clone(),
+                    blade: keeper.blade.clone(),
                     current: keeper.current.clone(),
                 },
                 stop.clone(),
@@ -252,6 +255,7 @@ fn work(
         epoch: lead.epoch,
         deposed: lead.lost.clone(),
         agents_known: agents_known.clone(),
+        sweep_every: config.sweep_every,
     };
     let nodes = Nodes {
         client: client.clone(),
@@ -338,7 +342,7 @@ async fn agents(
 fn issue(keeper: &Keeper, path: &std::path::Path) -> Result<()> {
     let token = keeper
         .tokens
-        .create(None, tokens::MAX_LIFE)
+        .create(keeper.blade.as_deref(), tokens::MAX_LIFE)
         .context("making a join token")?;
     files::write_private(path, token.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
     let before = keeper

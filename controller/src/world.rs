@@ -32,6 +32,8 @@ const MAX_REPORTS: usize = 65_536;
 struct Agent {
     reference: ObjectRef<FarAgent>,
     node: Option<String>,
+    /// The newest attempt.
+    attempt: u32,
     /// The newest object our own writes returned; the watch may lag behind it.
     written: Option<Arc<FarAgent>>,
     /// When the status was last written.
@@ -118,6 +120,7 @@ impl World {
         let entry = inner.agents.entry(uid.clone()).or_insert_with(|| Agent {
             reference: ObjectRef::from_obj(agent),
             node: None,
+            attempt: 0,
             written: None,
             wrote_at: None,
             refused: HashMap::new(),
@@ -135,6 +138,7 @@ impl World {
         } else {
             entry.written = None;
         }
+        entry.attempt = status.attempt;
         let before = std::mem::replace(&mut entry.node, status.node.clone());
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
@@ -379,20 +383,22 @@ impl World {
     }
 
     /// The blade forgot the attempt because we told it to.
-    pub(crate) fn untold(&self, blade: &str, uid: &str) {
-        if let Some(reports) = self.lock().reports.get_mut(blade) {
+    pub(crate) fn untold(&self, blade: &str, uid: &str, attempt: u32) {
+        if let Some(reports) = self.lock().reports.get_mut(blade)
+            && reports.get(uid).is_some_and(|report| report.attempt == attempt)
+        {
             reports.remove(uid);
         }
     }
 
-    /// Attempts on a blade whose agents the API does not have.
-    pub(crate) fn orphans(&self, blade: &str) -> Vec<(String, Report)> {
+    /// No agent owns this attempt on this blade: its agent is gone from the API, elsewhere, or at a newer attempt. An
+    /// attempt is in the API, and known here, before its blade hears of it; so a new one is never taken for an orphan.
+    pub(crate) fn is_orphan(&self, blade: &str, uid: &str, attempt: u32) -> bool {
         let inner = self.lock();
-        let reports = inner.reports.get(blade).into_iter().flatten();
-        reports
-            .filter(|(uid, _)| !inner.agents.contains_key(*uid))
-            .map(|(uid, report)| (uid.clone(), report.clone()))
-            .collect()
+        inner
+            .agents
+            .get(uid)
+            .is_none_or(|agent| agent.node.as_deref() != Some(blade) || agent.attempt > attempt)
     }
 }
 

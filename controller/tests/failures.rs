@@ -249,3 +249,43 @@ async fn a_blade_that_sends_heartbeats_but_cannot_be_called_is_lost_and_gets_no_
     let events = cluster.events("stuck").await;
     assert!(events.contains(&"ReleasedUnconfirmed".to_owned()), "{events:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_lost_its_finalizer_is_ended_and_forgotten_while_its_blade_stays_connected() {
+    let cluster = Cluster::start_with(|config| config.sweep_every = Duration::from_millis(300)).await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let uid = cluster.create("freed", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+    blade.fake.running(&uid);
+    cluster.wait_phase("freed", "Running").await;
+    // As an impatient person does it: without the finalizer nobody waits for the blade.
+    cluster.take_finalizers_off("freed").await;
+    cluster.delete("freed").await;
+    cluster.wait_gone("freed").await;
+    until("its attempt to be ended and forgotten", async || {
+        (blade.fake.kept() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(blade.fake.attempts(&uid), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_blade_keeps_of_a_refused_attempt_is_forgotten_and_the_agent_runs_on() {
+    let cluster = Cluster::start_with(|config| config.sweep_every = Duration::from_millis(300)).await;
+    let full = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    full.fake.full.store(true, Ordering::SeqCst);
+    let uid = cluster.create("moved", json!({"image": "a"})).await.uid().unwrap();
+    until("the mark that makes it powerless", async || {
+        (full.fake.kept() > 0).then_some(())
+    })
+    .await;
+    let free = FakeBlade::start(&cluster, "b2", capacity(8000, 8192)).await;
+    until("the other blade to have it", async || free.fake.phase(&uid)).await;
+    free.fake.running(&uid);
+    until("the mark to be forgotten", async || {
+        (full.fake.kept() == 0).then_some(())
+    })
+    .await;
+    cluster.wait_phase("moved", "Running").await;
+    assert_eq!(free.fake.phase(&uid), Some(Phase::Running));
+}

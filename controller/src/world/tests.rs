@@ -105,3 +105,18 @@ fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() 
     world.synced("b1", &HashSet::new());
     assert_eq!(place(&world, &one).unwrap(), "b1");
 }
+
+#[test]
+fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_there() {
+    let world = World::new(1, LONG, LONG);
+    let on = |node: Value, attempt: u32| agent("one", json!({"nodeName": node, "attempt": attempt}));
+    assert!(world.is_orphan("b1", "one", 1), "no such agent");
+    world.observe(&on(json!("b1"), 1), false);
+    assert!(!world.is_orphan("b1", "one", 1));
+    assert!(world.is_orphan("b2", "one", 1), "it is on another blade");
+    world.observe(&on(Value::Null, 1), false);
+    assert!(world.is_orphan("b1", "one", 1), "the blade refused it");
+    world.observe(&on(json!("b1"), 2), false);
+    assert!(world.is_orphan("b1", "one", 1), "another attempt is there");
+    assert!(!world.is_orphan("b1", "one", 2) && !world.is_orphan("b1", "one", 3));
+}
