@@ -74,13 +74,19 @@ impl Blades for BladeApi {
             return Err(Status::invalid_argument("blade must be a DNS label of 1 to 63 bytes"));
         }
         // The token first: nobody without one learns how requests are judged.
-        self.tokens.take(&token, &blade).map_err(|error| match error {
-            TokenError::Refused | TokenError::OtherBlade => Status::unauthenticated(error.to_string()),
-            TokenError::File { .. } | TokenError::TooMany => {
-                tracing::error!(blade, %error, "a join token could not be checked");
-                Status::unavailable("the token cannot be checked now")
-            }
-        })?;
+        // A name that is taken is worth more than an open token: whoever has one must not become a blade that is there.
+        let must_be_bound = self.revocations.knows(&blade);
+        self.tokens
+            .take(&token, &blade, must_be_bound)
+            .map_err(|error| match error {
+                TokenError::Refused | TokenError::OtherBlade | TokenError::NotBound(_) => {
+                    Status::unauthenticated(error.to_string())
+                }
+                TokenError::File { .. } | TokenError::TooMany => {
+                    tracing::error!(blade, %error, "a join token could not be checked");
+                    Status::unavailable("the token cannot be checked now")
+                }
+            })?;
         let issued = self.sign(&blade, &csr_pem)?;
         Ok(Response::new(JoinResponse {
             certificate_pem: issued.certificate_pem,

@@ -39,6 +39,11 @@ pub enum TokenError {
     /// For another blade.
     #[error("the join token is for another blade")]
     OtherBlade,
+    /// For any blade, where this one has joined before.
+    #[error(
+        "blade {0} has joined before: only a token of its own replaces it (`far-controller token create --blade {0}`)"
+    )]
+    NotBound(String),
     /// Too many are open.
     #[error("{MAX_OPEN} join tokens are open: wait until they expire")]
     TooMany,
@@ -96,11 +101,12 @@ impl Tokens {
         Ok(token)
     }
 
-    /// Uses a token up for `blade`. Removing its file is what makes it used: of two callers one wins.
+    /// Whether a token would do for `blade`, which must be its own where `must_be_bound`. Nothing is used up, but what
+    /// expired is removed.
     ///
     /// # Errors
     /// When it is not one for this blade, or was used, or expired.
-    pub fn take(&self, token: &str, blade: &str) -> Result<(), TokenError> {
+    pub fn check(&self, token: &str, blade: &str, must_be_bound: bool) -> Result<(), TokenError> {
         if !token.starts_with(PREFIX) || token.len() != PREFIX.len() + 64 {
             return Err(TokenError::Refused);
         }
@@ -111,12 +117,27 @@ impl Tokens {
             Err(error) => return Err(Self::error("reading", &path)(error)),
         };
         let kept: Kept = serde_json::from_slice(&text).map_err(|_| TokenError::Refused)?;
-        if kept.blade.is_some_and(|bound| bound != blade) {
-            return Err(TokenError::OtherBlade);
+        if kept.expires <= now() {
+            // Gone already: as good.
+            let _ = fs::remove_file(&path);
+            return Err(TokenError::Refused);
         }
+        match kept.blade {
+            Some(bound) if bound != blade => Err(TokenError::OtherBlade),
+            None if must_be_bound => Err(TokenError::NotBound(blade.to_owned())),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Uses a token up for `blade`. Removing its file is what makes it used: of two callers one wins.
+    ///
+    /// # Errors
+    /// As [`Tokens::check`].
+    pub fn take(&self, token: &str, blade: &str, must_be_bound: bool) -> Result<(), TokenError> {
+        self.check(token, blade, must_be_bound)?;
+        let path = self.path(token);
         match fs::remove_file(&path) {
-            Ok(()) if kept.expires > now() => Ok(()),
-            Ok(()) => Err(TokenError::Refused),
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(TokenError::Refused),
             Err(error) => Err(Self::error("removing", &path)(error)),
         }
@@ -180,6 +201,11 @@ impl Revocations {
         files::write_private(&path, (serials[from..].join("\n") + "\n").as_bytes())
     }
 
+    /// Whether a blade of this name ever joined.
+    pub(crate) fn knows(&self, blade: &str) -> bool {
+        self.folder.join(format!("{blade}.serials")).exists()
+    }
+
     /// Refuses every certificate that `blade` has from now on; answers how many those are.
     ///
     /// # Errors
@@ -219,11 +245,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let tokens = Tokens::new(folder.path());
         let token = tokens.create(Some("b1"), MAX_LIFE).unwrap();
-        assert!(matches!(tokens.take(&token, "b2"), Err(TokenError::OtherBlade)));
-        tokens.take(&token, "b1").unwrap();
-        assert!(matches!(tokens.take(&token, "b1"), Err(TokenError::Refused)));
+        assert!(matches!(tokens.take(&token, "b2", false), Err(TokenError::OtherBlade)));
+        tokens.take(&token, "b1", true).unwrap();
+        assert!(matches!(tokens.take(&token, "b1", true), Err(TokenError::Refused)));
         let open = tokens.create(None, MAX_LIFE).unwrap();
-        tokens.take(&open, "any").unwrap();
+        assert!(matches!(tokens.take(&open, "b1", true), Err(TokenError::NotBound(_))));
+        tokens.take(&open, "any", false).unwrap();
     }
 
     #[test]
@@ -248,7 +275,10 @@ mod tests {
             "../../x",
             &format!("{PREFIX}{}", "0".repeat(64)),
         ] {
-            assert!(matches!(tokens.take(bad, "b"), Err(TokenError::Refused)), "{bad}");
+            assert!(
+                matches!(tokens.take(bad, "b", false), Err(TokenError::Refused)),
+                "{bad}"
+            );
         }
         assert!(!path.exists(), "an expired token is removed when it is shown");
     }

@@ -6,9 +6,12 @@ use far_proto::{
     controller::HeartbeatRequest,
     node::{EnsureAgentRequest, node_client::NodeClient},
 };
+use kube::ResourceExt;
+use serde_json::json;
 use support::{
     Cluster,
     blade::{FakeBlade, capacity, client, join, renew},
+    until,
 };
 use tonic::{
     Code,
@@ -179,4 +182,18 @@ async fn what_lies_in_the_state_folder_is_private() {
         (mode(state.join("ca/ca-key.pem")), mode(cluster.token_file())),
         (0o600, 0o600)
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blade_that_has_joined_is_replaced_only_with_a_token_bound_to_it() {
+    let cluster = Cluster::start().await;
+    join(&cluster, &cluster.new_token(None), "b1", "b1").await.unwrap();
+    let open = cluster.new_token(None);
+    let taken = join(&cluster, &open, "b1", "b1").await.err().unwrap();
+    assert_eq!(taken.code(), Code::Unauthenticated);
+    assert!(taken.message().contains("--blade"), "{taken}");
+    join(&cluster, &open, "b2", "b2").await.unwrap();
+    join(&cluster, &cluster.new_token(Some("b1")), "b1", "b1")
+        .await
+        .unwrap();
 }

@@ -74,6 +74,7 @@ async fn start_all(folders: &Folders, boot_kit: &Path) -> anyhow::Result<()> {
         ]
     })
     .await?;
+    let name = blade_name(folders)?;
     // Its kubeconfig was read at its start: another address or certificate of the API needs another start.
     let controller = ensure(folders, Daemon::Controller, devapi.has_moved, |listen, ready| {
         vec![
@@ -87,6 +88,9 @@ async fn start_all(folders: &Folders, boot_kit: &Path) -> anyhow::Result<()> {
             "--install-crds".into(),
             "--issue-join-token-file".into(),
             path(token.clone()),
+            // Bound to this blade: only such a token lets it join again when it lost its identity.
+            "--join-token-blade".into(),
+            name.clone(),
             "--ca-out".into(),
             path(ca.clone()),
             "--ready-file".into(),
@@ -94,7 +98,6 @@ async fn start_all(folders: &Folders, boot_kit: &Path) -> anyhow::Result<()> {
         ]
     })
     .await?;
-    let name = blade_name(folders)?;
     ensure(folders, Daemon::Node, controller.has_moved, |listen, ready| {
         vec![
             "--state-dir".into(),
