@@ -329,17 +329,30 @@ pub(crate) fn write_file(root: &Root, path: &Path, content: &[u8], mode: u32, ow
         return Err(failed("taking its name")(Errno::EINVAL));
     };
     let folder = root.make_folders(parent, Symlinks::Refused)?;
-    match unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => {}
-        Err(error) => return Err(failed("replacing what the image has there")(error)),
-    }
+    // Root's own plain files need no second look: what the process's mask takes from the mode, it may not have.
+    let is_plain = owner.uid == 0 && owner.gid == 0 && mode & !0o755 == 0;
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let fd = openat(&folder, name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(failed("creating it"))?;
-    let mut file = File::from(fd);
+    let first_mode = if is_plain {
+        Mode::from_bits_truncate(mode)
+    } else {
+        Mode::S_IRUSR | Mode::S_IWUSR
+    };
+    let fd = match openat(&folder, name, flags, first_mode) {
+        Err(Errno::EEXIST) => {
+            unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)
+                .map_err(failed("replacing what the image has there"))?;
+            openat(&folder, name, flags, first_mode)
+        }
+        other => other,
+    };
+    let mut file = File::from(fd.map_err(failed("creating it"))?);
     file.write_all(content).map_err(|source| WriteError::Step {
         step: "writing it",
         source,
     })?;
+    if is_plain {
+        return Ok(());
+    }
     fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
         .map_err(failed("giving it to its owner"))?;
     fchmod(&file, Mode::from_bits_truncate(mode)).map_err(failed("setting its mode"))

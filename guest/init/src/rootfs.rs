@@ -201,6 +201,10 @@ impl Root {
     pub(crate) fn make_folders(&self, path: &Path, symlinks: Symlinks) -> Result<OwnedFd, RootError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
         let open = |path: &Path| self.open(path, flags, Mode::empty(), symlinks);
+        // Most are there: one call instead of a walk.
+        if let Ok(folder) = open(path) {
+            return Ok(folder);
+        }
         let mut prefix = PathBuf::from("/");
         let mut folder = open(&prefix).map_err(|source| RootError::Open {
             path: prefix.clone(),
