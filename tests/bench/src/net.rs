@@ -40,22 +40,70 @@ pub(crate) fn rows(rounds: usize) -> Result<Vec<Row>> {
     }
     let twentieth = Some(Goal::RatioAtMost(0.05));
     Ok(vec![
-        Row::of("set up and tear down one VM's network", "CPU us", commands, Some("ip and nft commands"), twentieth),
-        Row::of("the same", "CPU us", ptp, Some("CNI ptp + host-local + firewall"), twentieth),
-        Row::of("the same", "CPU us", bridge, Some("CNI bridge + host-local + firewall"), twentieth),
-        Row::of("hand out a pooled slot", "CPU us", pool, Some("the goal, 50 us"), Some(Goal::RatioAtMost(1.0))),
-        Row::of("set up and tear down beside 1000 VMs", "CPU us", many, Some("beside 10 VMs"), Some(Goal::RatioAtMost(1.5))),
-        Row::of("one packet out of a tap, 1000 VMs", "CPU us", rule, Some("1 VM"), Some(Goal::RatioAtMost(1.25))),
+        Row::of(
+            "set up and tear down one VM's network",
+            "CPU us",
+            commands,
+            Some("ip and nft commands"),
+            twentieth,
+        ),
+        Row::of(
+            "the same",
+            "CPU us",
+            ptp,
+            Some("CNI ptp + host-local + firewall"),
+            twentieth,
+        ),
+        Row::of(
+            "the same",
+            "CPU us",
+            bridge,
+            Some("CNI bridge + host-local + firewall"),
+            twentieth,
+        ),
+        Row::of(
+            "hand out a pooled slot",
+            "CPU us",
+            pool,
+            Some("the goal, 50 us"),
+            Some(Goal::RatioAtMost(1.0)),
+        ),
+        Row::of(
+            "set up and tear down beside 1000 VMs",
+            "CPU us",
+            many,
+            Some("beside 10 VMs"),
+            Some(Goal::RatioAtMost(1.5)),
+        ),
+        Row::of(
+            "one packet out of a tap, 1000 VMs",
+            "CPU us",
+            rule,
+            Some("1 VM"),
+            Some(Goal::RatioAtMost(1.25)),
+        ),
     ])
 }
 
 fn policy() -> Policy {
     let networks = ["203.0.113.0/24", "198.51.100.0/25", "10.1.0.0/16"];
     let rule = |network: &str| -> Result<Rule> {
-        Ok(Rule { to: Destination::Cidr(network.parse()?), protocol: Protocol::Udp, ports: 1..=9999 })
+        Ok(Rule {
+            to: Destination::Cidr(network.parse()?),
+            protocol: Protocol::Udp,
+            ports: 1..=9999,
+        })
     };
-    let egress = networks.iter().map(|network| rule(network)).collect::<Result<_>>().unwrap_or_default();
-    Policy { mode: Mode::Restricted, egress, ..Policy::default() }
+    let egress = networks
+        .iter()
+        .map(|network| rule(network))
+        .collect::<Result<_>>()
+        .unwrap_or_default();
+    Policy {
+        mode: Mode::Restricted,
+        egress,
+        ..Policy::default()
+    }
 }
 
 /// CPU microseconds of this process, all threads.
@@ -66,7 +114,13 @@ fn own_cpu() -> Result<f64> {
 }
 
 fn full(count: u16) -> Result<Network> {
-    let network = Network::open(GuestNetns::create()?, Options { capacity: count + 8, ..Options::default() })?;
+    let network = Network::open(
+        GuestNetns::create()?,
+        Options {
+            capacity: count + 8,
+            ..Options::default()
+        },
+    )?;
     network.prepare(count + 8)?;
     for _ in 0..count {
         network.attach(policy())?;
@@ -101,11 +155,23 @@ fn hand_out() -> f64 {
 /// CPU of one packet from a tap through all rules, to an address that the last of the VMs may reach.
 fn per_packet(count: u16) -> Result<f64> {
     let netns = GuestNetns::create()?;
-    inside(&netns.path(), "ip link add up0 type veth peer name down0 && ip addr add 192.0.2.2/30 dev up0 && ip link set up0 up && ip link set down0 up && ip route add default via 192.0.2.1 && ip neigh add 192.0.2.1 lladdr 02:00:00:00:00:07 dev up0 nud permanent")?;
-    let network = Network::open(netns, Options { capacity: count, ..Options::default() })?;
+    inside(
+        &netns.path(),
+        "ip link add up0 type veth peer name down0 && ip addr add 192.0.2.2/30 dev up0 && ip link set up0 up && ip link set down0 up && ip route add default via 192.0.2.1 && ip neigh add 192.0.2.1 lladdr 02:00:00:00:00:07 dev up0 nud permanent",
+    )?;
+    let network = Network::open(
+        netns,
+        Options {
+            capacity: count,
+            ..Options::default()
+        },
+    )?;
     network.forward()?;
     network.prepare(count)?;
-    let limits = far_net::Limits { packets: far_net::MAX_RATE, ..far_net::Limits::default() };
+    let limits = far_net::Limits {
+        packets: far_net::MAX_RATE,
+        ..far_net::Limits::default()
+    };
     let mut last = None;
     for _ in 0..count {
         last = Some(network.attach(Policy { limits, ..policy() })?);
@@ -132,7 +198,10 @@ fn per_packet(count: u16) -> Result<f64> {
 
 fn inside(netns: &Path, script: &str) -> Result<()> {
     let mut command = Command::new("nsenter");
-    command.arg(format!("--net={}", netns.display())).args(["sh", "-ec", script]).stdout(Stdio::null());
+    command
+        .arg(format!("--net={}", netns.display()))
+        .args(["sh", "-ec", script])
+        .stdout(Stdio::null());
     ensure!(command.status().context("nsenter")?.success(), "failed: {script}");
     Ok(())
 }
@@ -149,11 +218,15 @@ fn children(turns: u32, mut act: impl FnMut(u32) -> Result<()>) -> Result<f64> {
 /// The same with commands: a tap, its anti-spoof rules, its allow list; one shell per VM and its commands in it.
 fn ip_and_nft() -> Result<f64> {
     let netns = GuestNetns::create()?;
-    inside(&netns.path(), "nft 'table inet t { set source { type ifname . ether_addr . ipv4_addr; }; set egress { type ifname . ipv4_addr . inet_proto . inet_service; flags interval; }; chain c { type filter hook prerouting priority raw; iifname . ether saddr . ip saddr != @source drop; }; }'")?;
+    inside(
+        &netns.path(),
+        "nft 'table inet t { set source { type ifname . ether_addr . ipv4_addr; }; set egress { type ifname . ipv4_addr . inet_proto . inet_service; flags interval; }; chain c { type filter hook prerouting priority raw; iifname . ether saddr . ip saddr != @source drop; }; }'",
+    )?;
     children(COMMANDS, |turn| {
         let tap = format!("t{turn}");
         let element = format!("'{{ {tap} . 02:fa:00:00:00:01 . 169.254.77.2 }}'");
-        let lists = ["203.0.113.0/24", "198.51.100.0/25", "10.1.0.0/16"].map(|network| format!("{tap} . {network} . udp . 1-9999"));
+        let lists = ["203.0.113.0/24", "198.51.100.0/25", "10.1.0.0/16"]
+            .map(|network| format!("{tap} . {network} . udp . 1-9999"));
         let egress = format!("'{{ {} }}'", lists.join(", "));
         inside(
             &netns.path(),
@@ -175,10 +248,14 @@ fn cni(kind: &str) -> Result<f64> {
         "bridge" => r#""type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":false"#,
         _ => r#""type":"ptp","ipMasq":false"#,
     };
-    let ipam = format!(r#""ipam":{{"type":"host-local","subnet":"10.88.0.0/16","dataDir":{:?}}}"#, folder.path());
+    let ipam = format!(
+        r#""ipam":{{"type":"host-local","subnet":"10.88.0.0/16","dataDir":{:?}}}"#,
+        folder.path()
+    );
     let first = format!(r#"{{"cniVersion":"0.4.0","name":"b",{main},{ipam}}}"#);
     children(COMMANDS, |turn| {
-        let call = |plugin: &str, command: &str, config: &str| plugin_call(&host, &guest, turn, plugin, command, config);
+        let call =
+            |plugin: &str, command: &str, config: &str| plugin_call(&host, &guest, turn, plugin, command, config);
         let result = call(kind, "ADD", &first)?;
         let second = format!(
             r#"{{"cniVersion":"0.4.0","name":"b","type":"firewall","backend":"iptables","prevResult":{}}}"#,
@@ -214,6 +291,10 @@ fn plugin_call(
         .with_context(|| plugin.to_owned())?;
     child.stdin.take().context("no stdin")?.write_all(config.as_bytes())?;
     let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "{plugin} {command}: {}", String::from_utf8_lossy(&output.stdout));
+    ensure!(
+        output.status.success(),
+        "{plugin} {command}: {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     Ok(output.stdout)
 }

@@ -1,6 +1,9 @@
 //! The VMM's end of a tap, for benches that send as a guest would.
 
-#![allow(unsafe_code, reason = "one ioctl that no crate of the tree offers; its block proves the call")]
+#![allow(
+    unsafe_code,
+    reason = "one ioctl that no crate of the tree offers; its block proves the call"
+)]
 
 use std::{
     fs::{File, OpenOptions},
@@ -32,9 +35,15 @@ impl Tap {
             // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which has 40 bytes; the array lives through the call.
             unsafe { set_interface(file.as_raw_fd(), &raw const request) }?;
             // A new mount of sysfs would be needed to read it by name; the tap takes broadcasts too, but they are not forwarded.
-            let output = std::process::Command::new("ip").args(["-o", "link", "show", "dev", name]).output()?;
+            let output = std::process::Command::new("ip")
+                .args(["-o", "link", "show", "dev", name])
+                .output()?;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let word = text.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap_or("");
+            let word = text
+                .split_whitespace()
+                .skip_while(|word| *word != "link/ether")
+                .nth(1)
+                .unwrap_or("");
             let mut mac = [0; 6];
             for (to, from) in mac.iter_mut().zip(word.split(':')) {
                 *to = u8::from_str_radix(from, 16)?;
@@ -48,7 +57,10 @@ impl Tap {
         let mut header = vec![0x45, 0, 0, 60, 0, 1, 0, 0, 64, 17, 0, 0];
         header.extend(place.guest.address.octets());
         header.extend(to);
-        let mut sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+        let mut sum: u32 = header
+            .chunks(2)
+            .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+            .sum();
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
         }
