@@ -38,7 +38,12 @@ impl<'a> BridgeWatch<'a> {
         network.guard_bridge(&bridge)?;
         // Before the first listing: what appears in between is seen twice, not never.
         let events = LinkEvents::open()?;
-        Ok(Self { network, bridge, events, known: BTreeSet::new() })
+        Ok(Self {
+            network,
+            bridge,
+            events,
+            known: BTreeSet::new(),
+        })
     }
 
     /// What happened within `patience`. Call it in a loop, on a thread of its own; each call first looks at all links, so
@@ -62,12 +67,19 @@ impl<'a> BridgeWatch<'a> {
 
     fn look(&mut self) -> Result<Vec<TapEvent>, NetworkError> {
         let links = self.network.links()?;
-        let bridge = links.iter().find(|link| link.name == self.bridge.as_str()).map(|link| link.index);
-        let ports = links.iter().filter(|link| is_candidate(link) && link.master.is_some() && link.master == bridge);
+        let bridge = links
+            .iter()
+            .find(|link| link.name == self.bridge.as_str())
+            .map(|link| link.index);
+        let ports = links
+            .iter()
+            .filter(|link| is_candidate(link) && link.master.is_some() && link.master == bridge);
         let mut events = Vec::new();
         let mut seen = BTreeSet::new();
         for link in ports {
-            let Ok(name) = link.name.parse::<TapName>() else { continue };
+            let Ok(name) = link.name.parse::<TapName>() else {
+                continue;
+            };
             if !self.known.contains(&name) {
                 match self.network.isolate(link) {
                     // Gone again between the look and the act.

@@ -45,14 +45,23 @@ fn key(parts: &[&[u8]]) -> Vec<u8> {
 /// What says who the VM is. Stays as long as it is on its slot.
 pub(crate) fn identity(place: &Place) -> Elements {
     let name = name_key(place.tap.as_str());
-    let sender = |address: std::net::Ipv4Addr| {
-        Element::of(key(&[&name, &place.guest.mac, &place.guest.mac, &address.octets()]))
-    };
+    let sender =
+        |address: std::net::Ipv4Addr| Element::of(key(&[&name, &place.guest.mac, &place.guest.mac, &address.octets()]));
     let source4 = Element::of(key(&[&name, &place.guest.mac, &place.guest.address.octets()]));
-    let sixes: Vec<_> = place.guest.address6.into_iter().flat_map(|six| [six, place.guest.link_local()]).collect();
-    let source6 = sixes.iter().map(|six| Element::of(key(&[&name, &place.guest.mac, &six.octets()])));
+    let sixes: Vec<_> = place
+        .guest
+        .address6
+        .into_iter()
+        .flat_map(|six| [six, place.guest.link_local()])
+        .collect();
+    let source6 = sixes
+        .iter()
+        .map(|six| Element::of(key(&[&name, &place.guest.mac, &six.octets()])));
     let source6: Vec<_> = source6.collect();
-    let neighbor6: Vec<_> = sixes.iter().map(|six| Element::of(key(&[&name, &six.octets()]))).collect();
+    let neighbor6: Vec<_> = sixes
+        .iter()
+        .map(|six| Element::of(key(&[&name, &six.octets()])))
+        .collect();
     let lasting = lasting_mark(place).to_ne_bytes().to_vec();
     let counter = |key: Vec<u8>| vec![Element::running(key, Expression::Counter { packets: 0, bytes: 0 })];
     let mut elements = vec![];
@@ -112,11 +121,25 @@ pub(crate) fn gate(place: &Place, generation: u8) -> Elements {
 /// How much a VM may do. Of its slot, not of a policy's generation: a change of policy gives no new burst.
 pub(crate) fn limits(place: &Place, limits: &Limits) -> Elements {
     let key = lasting_mark(place).to_ne_bytes().to_vec();
-    let over = |rate: u32| Expression::Limit { rate: rate.into(), burst: rate, is_over: true };
-    let connections = Expression::ConnectionsOver { count: limits.connections };
+    let over = |rate: u32| Expression::Limit {
+        rate: rate.into(),
+        burst: rate,
+        is_over: true,
+    };
+    let connections = Expression::ConnectionsOver {
+        count: limits.connections,
+    };
     vec![
-        (INET, "packets_over", vec![Element::running(key.clone(), over(limits.packets))]),
-        (INET, "connects_over", vec![Element::running(key.clone(), over(limits.connects))]),
+        (
+            INET,
+            "packets_over",
+            vec![Element::running(key.clone(), over(limits.packets))],
+        ),
+        (
+            INET,
+            "connects_over",
+            vec![Element::running(key.clone(), over(limits.connects))],
+        ),
         (INET, "connections_over", vec![Element::running(key, connections)]),
     ]
 }
@@ -143,7 +166,10 @@ pub(crate) fn permissions(place: &Place, policy: &Policy, generation: u8) -> Ele
         })
     });
     elements.push((INET, "ports", ports.collect()));
-    for (set, is_ipv4, pieces) in [("egress4", true, &classes.pieces4), ("egress6", false, &classes.pieces6)] {
+    for (set, is_ipv4, pieces) in [
+        ("egress4", true, &classes.pieces4),
+        ("egress6", false, &classes.pieces6),
+    ] {
         let of = pieces.iter().flat_map(|(range, ports)| {
             let address = |number: u128| {
                 let bytes = number.to_be_bytes();
@@ -183,7 +209,10 @@ pub(crate) fn pin(
         IpAddr::V6(address) => ("pins6", key(&[&mark, &address.octets()])),
     };
     let data = class(place, generation, number).to_ne_bytes().to_vec();
-    let element = Element { timeout: Some(milliseconds), ..Element::with_data(key, data) };
+    let element = Element {
+        timeout: Some(milliseconds),
+        ..Element::with_data(key, data)
+    };
     Some((INET, set, element))
 }
 
@@ -231,7 +260,9 @@ impl Ports {
             return vec![((0, 0), (u8::MAX, u16::MAX))];
         }
         let of = self.0.iter().flat_map(|(&protocol, ranges)| {
-            ranges.iter().map(move |&(first, last)| ((protocol, first), (protocol, last)))
+            ranges
+                .iter()
+                .map(move |&(first, last)| ((protocol, first), (protocol, last)))
         });
         of.collect()
     }
@@ -249,19 +280,27 @@ impl Classes {
     fn of(policy: &Policy) -> Self {
         let (pieces4, pieces6) = (pieces(policy, true), pieces(policy, false));
         let mut all: BTreeSet<Ports> = pieces4.iter().chain(&pieces6).map(|(_, ports)| ports.clone()).collect();
-        let names: Vec<_> = policy.egress.iter().filter_map(|rule| match &rule.to {
-            Destination::Name(name) => Some(name),
-            Destination::Cidr(_) => None,
-        }).collect();
+        let names: Vec<_> = policy
+            .egress
+            .iter()
+            .filter_map(|rule| match &rule.to {
+                Destination::Name(name) => Some(name),
+                Destination::Cidr(_) => None,
+            })
+            .collect();
         // What a resolved name gets depends on which patterns cover it: a pattern's own rules, with those of wider ones.
         for name in &names {
-            let covering = policy.egress.iter().filter(|rule| {
-                matches!(&rule.to, Destination::Name(pattern) if pattern == *name || pattern.covers(name) )
-            });
+            let covering = policy.egress.iter().filter(
+                |rule| matches!(&rule.to, Destination::Name(pattern) if pattern == *name || pattern.covers(name) ),
+            );
             all.insert(Ports::of(covering));
         }
         let numbers = all.into_iter().zip(1..MARK_BYTE).collect();
-        Self { pieces4, pieces6, numbers }
+        Self {
+            pieces4,
+            pieces6,
+            numbers,
+        }
     }
 }
 
@@ -278,7 +317,10 @@ fn pieces(policy: &Policy, is_ipv4: bool) -> Vec<(RangeInclusive<u128>, Ports)> 
     let closed = closed_ranges(is_ipv4);
     // Every address at which something may change.
     let mut starts = BTreeSet::from([0]);
-    let edges = rules.iter().map(|(range, _)| range).chain(closed.iter().map(|(range, _)| range));
+    let edges = rules
+        .iter()
+        .map(|(range, _)| range)
+        .chain(closed.iter().map(|(range, _)| range));
     for range in edges {
         starts.insert(*range.start());
         if *range.end() < last {
@@ -315,7 +357,10 @@ fn pieces(policy: &Policy, is_ipv4: bool) -> Vec<(RangeInclusive<u128>, Ports)> 
 fn closed_ranges(is_ipv4: bool) -> Vec<(RangeInclusive<u128>, bool)> {
     let of4 = |ranges: &[([u8; 4], [u8; 4])], is_never: bool| -> Vec<_> {
         let number = |bytes: [u8; 4]| u128::from(u32::from_be_bytes(bytes));
-        ranges.iter().map(|&(first, last)| (number(first)..=number(last), is_never)).collect()
+        ranges
+            .iter()
+            .map(|&(first, last)| (number(first)..=number(last), is_never))
+            .collect()
     };
     let of6 = |ranges: &[(u128, u128)], is_never: bool| -> Vec<_> {
         ranges.iter().map(|&(first, last)| (first..=last, is_never)).collect()

@@ -48,13 +48,7 @@ pub type Pinned = BTreeMap<IpAddr, DnsName>;
 /// Reads the policy for one packet. `blade` are the blade's addresses in the guests' namespace.
 /// Limits depend on what came before and are not looked at.
 #[must_use]
-pub fn explain(
-    place: &Place,
-    policy: &Policy,
-    pinned: &Pinned,
-    blade: &[IpAddr],
-    packet: &Packet,
-) -> Explanation {
+pub fn explain(place: &Place, policy: &Policy, pinned: &Pinned, blade: &[IpAddr], packet: &Packet) -> Explanation {
     let mut passed_over = Vec::new();
     let end = |passes, rule: String, over: &mut Vec<String>| Explanation {
         passes,
@@ -78,14 +72,23 @@ pub fn explain(
             (service.is_tcp, service.port) == (packet.protocol == 6, packet.port) && matches!(packet.protocol, 6 | 17)
         });
         return match service {
-            Some(_) if policy.mode != Mode::None => {
-                end(true, format!("network.services: port {} of the blade", packet.port), &mut passed_over)
-            }
-            _ => end(false, "the blade: this service is not among the spec's".to_owned(), &mut passed_over),
+            Some(_) if policy.mode != Mode::None => end(
+                true,
+                format!("network.services: port {} of the blade", packet.port),
+                &mut passed_over,
+            ),
+            _ => end(
+                false,
+                "the blade: this service is not among the spec's".to_owned(),
+                &mut passed_over,
+            ),
         };
     }
     if is_never(packet.destination) {
-        let rule = format!("{} is never reachable: other guests, metadata, link-local, multicast", packet.destination);
+        let rule = format!(
+            "{} is never reachable: other guests, metadata, link-local, multicast",
+            packet.destination
+        );
         return end(false, rule, &mut passed_over);
     }
     if policy.mode == Mode::None {
@@ -96,14 +99,18 @@ pub fn explain(
             Destination::Cidr(cidr) if !cidr.contains(packet.destination) => {
                 Some(format!("{} is not in {cidr}", packet.destination))
             }
-            Destination::Cidr(cidr) if !opens(cidr, packet.destination) => {
-                Some(format!("{} is private, and {cidr} is wider than the private range", packet.destination))
-            }
+            Destination::Cidr(cidr) if !opens(cidr, packet.destination) => Some(format!(
+                "{} is private, and {cidr} is wider than the private range",
+                packet.destination
+            )),
             Destination::Cidr(_) => None,
             Destination::Name(pattern) => match pinned.get(&packet.destination) {
                 Some(name) if pattern.covers(name) => None,
                 Some(name) => Some(format!("{} was resolved for {name}", packet.destination)),
-                None => Some(format!("{} was not resolved by the blade for {pattern}", packet.destination)),
+                None => Some(format!(
+                    "{} was not resolved by the blade for {pattern}",
+                    packet.destination
+                )),
             },
         };
         let over = over.or_else(|| {
@@ -125,10 +132,12 @@ pub fn explain(
         }
     }
     match policy.mode {
-        Mode::Open if !is_private(packet.destination) => {
-            end(true, "network.mode is Open".to_owned(), &mut passed_over)
-        }
-        Mode::Open => end(false, "private ranges need a rule that names them".to_owned(), &mut passed_over),
+        Mode::Open if !is_private(packet.destination) => end(true, "network.mode is Open".to_owned(), &mut passed_over),
+        Mode::Open => end(
+            false,
+            "private ranges need a rule that names them".to_owned(),
+            &mut passed_over,
+        ),
         Mode::Restricted | Mode::None => end(false, "no rule lets it: default deny".to_owned(), &mut passed_over),
     }
 }
@@ -157,10 +166,15 @@ mod tests {
     fn by_elements(place: &Place, policy: &Policy, pins: &Pinned, packet: &Packet) -> bool {
         let all: Vec<_> = [identity(place), permissions(place, policy, 3), gate(place, 3)].concat();
         let of = |set: &str| -> Vec<Element> {
-            all.iter().filter(|(_, name, _)| *name == set).flat_map(|(_, _, of)| of.clone()).collect()
+            all.iter()
+                .filter(|(_, name, _)| *name == set)
+                .flat_map(|(_, _, of)| of.clone())
+                .collect()
         };
         let mark = crate::elements::mark(place, 3).to_ne_bytes();
-        let IpAddr::V4(to) = packet.destination else { return false };
+        let IpAddr::V4(to) = packet.destination else {
+            return false;
+        };
         let key = [&mark[..], &to.octets()].concat();
         let ports = |class: Vec<u8>| {
             let port = packet.port.to_be_bytes();
@@ -171,7 +185,10 @@ mod tests {
             .iter()
             .filter_map(|(address, name)| Some(pin(place, policy, 3, name, *address, 1)?.2))
             .collect();
-        let by_name = pinned.iter().find(|element| element.key == key).and_then(|element| element.data.clone());
+        let by_name = pinned
+            .iter()
+            .find(|element| element.key == key)
+            .and_then(|element| element.data.clone());
         let by_cidr = interval_value(&of("egress4"), &key).flatten();
         let is_open = !of("open").is_empty() && !is_private(packet.destination);
         !is_never(packet.destination) && (by_name.is_some_and(ports) || by_cidr.is_some_and(ports) || is_open)
@@ -196,12 +213,31 @@ mod tests {
             let text = format!("{}/{length}", Ipv4Addr::from_bits(address.to_bits() & kept));
             Destination::Cidr(text.parse::<Cidr>().unwrap())
         });
-        let name = prop_oneof![Just("*.example.com"), Just("*.b.example.com"), Just("a.b.example.com"), Just("x.org")];
+        let name = prop_oneof![
+            Just("*.example.com"),
+            Just("*.b.example.com"),
+            Just("a.b.example.com"),
+            Just("x.org")
+        ];
         let name = name.prop_map(|name| Destination::Name(name.parse().unwrap()));
-        let protocol = prop_oneof![Just(Protocol::Any), Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Icmp)];
-        let ports = prop_oneof![Just(0..=u16::MAX), Just(443..=443), Just(80..=442), Just(444..=444), Just(65535..=65535)];
-        (prop_oneof![3 => cidr, 1 => name], protocol, ports)
-            .prop_map(|(to, protocol, ports)| Rule { to, protocol, ports })
+        let protocol = prop_oneof![
+            Just(Protocol::Any),
+            Just(Protocol::Tcp),
+            Just(Protocol::Udp),
+            Just(Protocol::Icmp)
+        ];
+        let ports = prop_oneof![
+            Just(0..=u16::MAX),
+            Just(443..=443),
+            Just(80..=442),
+            Just(444..=444),
+            Just(65535..=65535)
+        ];
+        (prop_oneof![3 => cidr, 1 => name], protocol, ports).prop_map(|(to, protocol, ports)| Rule {
+            to,
+            protocol,
+            ports,
+        })
     }
 
     proptest! {
@@ -260,9 +296,17 @@ mod tests {
             told(packet),
             "  - anti-spoof: the source is that of fa5\n  - network.egress[0]: port 443 is not in 80..=80\nPASSES: network.egress[1]"
         );
-        let private = Packet { destination: "10.0.0.1".parse().unwrap(), ..packet };
+        let private = Packet {
+            destination: "10.0.0.1".parse().unwrap(),
+            ..packet
+        };
         assert!(told(private).contains("[1]: 10.0.0.1 is private") && told(private).contains("DROPPED: no rule"));
-        let dns = Packet { destination: blade[0], protocol: 17, port: 53, ..packet };
+        let dns = Packet {
+            destination: blade[0],
+            protocol: 17,
+            port: 53,
+            ..packet
+        };
         assert!(told(dns).ends_with("PASSES: network.services: port 53 of the blade"));
         assert!(told(Packet { mac: [0; 6], ..packet }).starts_with("DROPPED: anti-spoof"));
     }

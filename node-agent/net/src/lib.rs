@@ -11,6 +11,7 @@
 
 mod bridge;
 mod capability;
+pub mod dns;
 mod elements;
 mod explain;
 mod links;
@@ -31,10 +32,8 @@ pub use netlink::Refused;
 pub use netns::{GuestNetns, NetError};
 pub use network::{Count, Counters, Network, NetworkError, Options, Proven, Reclaimed, Step};
 pub use policy::{
-    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RATE, MAX_RULES, MAX_SERVICES, Mode, Policy, PolicyError,
-    Protocol, Rule, Service, is_never, is_private,
+    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RATE, MAX_RULES, MAX_SERVICES, Mode, Policy,
+    PolicyError, Protocol, Rule, Service, is_never, is_private,
 };
 pub use pool::{Lease, Pool};
-pub use slot::{
-    GATEWAY, GATEWAY6, GUEST, GUEST_PREFIX, Guest, MAX_SLOTS, Place, Slot, TapName, TapNameError, Wiring,
-};
+pub use slot::{GATEWAY, GATEWAY6, GUEST, GUEST_PREFIX, Guest, MAX_SLOTS, Place, Slot, TapName, TapNameError, Wiring};

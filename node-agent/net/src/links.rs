@@ -1,9 +1,7 @@
 //! Links, routes and neighbours over rtnetlink.
 
 use crate::{
-    netlink::{
-        CREATE, DUMP, Messages, Protocol, REPLACE, Refused, Socket, attribute, read_text, read_u32,
-    },
+    netlink::{CREATE, DUMP, Messages, Protocol, REPLACE, Refused, Socket, attribute, read_text, read_u32},
     slot::{GATEWAY, GATEWAY6, Place},
 };
 use std::net::IpAddr;
@@ -56,8 +54,25 @@ fn link_header(index: u32, flags: u32, change: u32, family: u8) -> [u8; LINK_HEA
 /// `struct rtmsg`: a route to one address, in the main table.
 fn route_header(address: IpAddr) -> [u8; 12] {
     let (family, bits) = family(address);
-    let scope = if address.is_ipv4() { libc::RT_SCOPE_LINK } else { libc::RT_SCOPE_UNIVERSE };
-    [family, bits, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_STATIC, scope, libc::RTN_UNICAST, 0, 0, 0, 0]
+    let scope = if address.is_ipv4() {
+        libc::RT_SCOPE_LINK
+    } else {
+        libc::RT_SCOPE_UNIVERSE
+    };
+    [
+        family,
+        bits,
+        0,
+        0,
+        libc::RT_TABLE_MAIN,
+        libc::RTPROT_STATIC,
+        scope,
+        libc::RTN_UNICAST,
+        0,
+        0,
+        0,
+        0,
+    ]
 }
 
 fn family(address: IpAddr) -> (u8, u8) {
@@ -77,7 +92,9 @@ fn bytes(address: IpAddr) -> Vec<u8> {
 impl Links {
     /// In the calling thread's namespace.
     pub(crate) fn open() -> Result<Self, Refused> {
-        Ok(Self { socket: Socket::open(Protocol::Route, 0)? })
+        Ok(Self {
+            socket: Socket::open(Protocol::Route, 0)?,
+        })
     }
 
     /// Brings a routed tap up and makes the way to its guest: the neighbour is written down, so that no answer of any
@@ -105,20 +122,41 @@ impl Links {
             header[4..8].copy_from_slice(&index.to_ne_bytes());
             header[8..10].copy_from_slice(&libc::NUD_PERMANENT.to_ne_bytes());
             messages.add(what, libc::RTM_NEWNEIGH, CREATE | REPLACE, &header, |to| {
-                to.put(libc::NDA_DST, &bytes(guest)).put(libc::NDA_LLADDR, &place.guest.mac);
+                to.put(libc::NDA_DST, &bytes(guest))
+                    .put(libc::NDA_LLADDR, &place.guest.mac);
             });
             let what = format!("routing {address} to {tap}");
-            messages.add(what, libc::RTM_NEWROUTE, CREATE | REPLACE, &route_header(address), |to| {
-                to.put(libc::RTA_DST, &bytes(address)).ne32(libc::RTA_OIF, index);
-                if address.is_ipv4() {
-                    to.put(libc::RTA_PREFSRC, &GATEWAY.octets());
-                }
-            });
+            messages.add(
+                what,
+                libc::RTM_NEWROUTE,
+                CREATE | REPLACE,
+                &route_header(address),
+                |to| {
+                    to.put(libc::RTA_DST, &bytes(address)).ne32(libc::RTA_OIF, index);
+                    if address.is_ipv4() {
+                        to.put(libc::RTA_PREFSRC, &GATEWAY.octets());
+                    }
+                },
+            );
         }
         if place.address6.is_some() {
             add_address(&mut messages, index, tap.as_str(), IpAddr::V6(GATEWAY6), 64);
         }
         self.socket.do_all(messages, false)
+    }
+
+    /// Takes the way to a guest away, then its tap down. The kernel would find the IPv4 route by itself, by walking through
+    /// those of all VMs.
+    pub(crate) fn disconnect(&mut self, index: u32, place: &Place) -> Result<(), Refused> {
+        let mut messages = Messages::default();
+        let address = IpAddr::V4(place.address);
+        let what = format!("removing the route to {address}");
+        messages.add(what, libc::RTM_DELROUTE, 0, &route_header(address), |to| {
+            to.put(libc::RTA_DST, &bytes(address)).ne32(libc::RTA_OIF, index);
+        });
+        // Gone already is as good, and what is left goes with the link.
+        let _ = self.socket.do_all(messages, false);
+        self.take_down(index, place.tap.as_str())
     }
 
     /// Takes a tap down; its routes and neighbours go with that.
@@ -138,7 +176,13 @@ impl Links {
     /// Gives loopback the address at which guests find the blade.
     pub(crate) fn add_gateway(&mut self, loopback: u32) -> Result<(), Refused> {
         let mut messages = Messages::default();
-        messages.add("bringing lo up", libc::RTM_NEWLINK, 0, &link_header(loopback, UP, UP, 0), |_| {});
+        messages.add(
+            "bringing lo up",
+            libc::RTM_NEWLINK,
+            0,
+            &link_header(loopback, UP, UP, 0),
+            |_| {},
+        );
         add_address(&mut messages, loopback, "lo", IpAddr::V4(GATEWAY), 32);
         self.socket.do_all(messages, false)
     }
@@ -146,7 +190,13 @@ impl Links {
     /// Removes a link; one that is gone already is success.
     pub(crate) fn delete(&mut self, index: u32, name: &str) -> Result<(), Refused> {
         let mut messages = Messages::default();
-        messages.add(format!("deleting {name}"), libc::RTM_DELLINK, 0, &link_header(index, 0, 0, 0), |_| {});
+        messages.add(
+            format!("deleting {name}"),
+            libc::RTM_DELLINK,
+            0,
+            &link_header(index, 0, 0, 0),
+            |_| {},
+        );
         match self.socket.do_all(messages, false) {
             Err(refused) if refused.code() == libc::ENODEV => Ok(()),
             other => other,
@@ -168,7 +218,13 @@ impl Links {
     /// All links of the namespace.
     pub(crate) fn list(&mut self) -> Result<Vec<Link>, Refused> {
         let mut question = Messages::default();
-        question.add("listing links", libc::RTM_GETLINK, DUMP, &link_header(0, 0, 0, 0), |_| {});
+        question.add(
+            "listing links",
+            libc::RTM_GETLINK,
+            DUMP,
+            &link_header(0, 0, 0, 0),
+            |_| {},
+        );
         let mut links = Vec::new();
         self.socket.ask(question, |_, body| links.extend(parse_link(body)))?;
         Ok(links)
@@ -193,12 +249,17 @@ impl Links {
 fn add_address(messages: &mut Messages, index: u32, name: &str, address: IpAddr, prefix: u8) {
     // IFA_F_NODAD | IFA_F_PERMANENT: nobody else may have it, so nothing is asked on the link.
     let (family, flags) = (family(address).0, 0x02 | 0x80);
-    let scope = if address.is_ipv4() { libc::RT_SCOPE_UNIVERSE } else { libc::RT_SCOPE_LINK };
+    let scope = if address.is_ipv4() {
+        libc::RT_SCOPE_UNIVERSE
+    } else {
+        libc::RT_SCOPE_LINK
+    };
     let mut header = [family, prefix, flags, scope, 0, 0, 0, 0];
     header[4..8].copy_from_slice(&index.to_ne_bytes());
     let what = format!("giving {name} the address {address}");
     messages.add(what, libc::RTM_NEWADDR, CREATE | REPLACE, &header, |to| {
-        to.put(libc::IFA_LOCAL, &bytes(address)).put(libc::IFA_ADDRESS, &bytes(address));
+        to.put(libc::IFA_LOCAL, &bytes(address))
+            .put(libc::IFA_ADDRESS, &bytes(address));
     });
 }
 
@@ -222,7 +283,9 @@ pub(crate) struct LinkEvents {
 impl LinkEvents {
     /// From now on, in the calling thread's namespace. Open it before listing, so that nothing falls between.
     pub(crate) fn open() -> Result<Self, Refused> {
-        Ok(Self { socket: Socket::open(Protocol::Route, LINK_EVENTS)? })
+        Ok(Self {
+            socket: Socket::open(Protocol::Route, LINK_EVENTS)?,
+        })
     }
 
     /// What came within `patience`; an error of `ENOBUFS` says that events were lost and links must be listed anew.

@@ -93,7 +93,8 @@ impl Attributes {
         self
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
+    #[cfg(test)]
+    fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 }
@@ -147,10 +148,6 @@ impl Messages {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.what.is_empty()
-    }
-
-    pub(crate) fn byte_length(&self) -> usize {
-        self.bytes.len()
     }
 
     /// Numbers the messages from `first` on.

@@ -185,7 +185,11 @@ impl Network {
     /// The kernel has no nf_tables, or this process may not.
     pub fn open(netns: GuestNetns, options: Options) -> Result<Self, NetworkError> {
         let state = netns.run_inside(|| Self::state(options))??;
-        Ok(Self { netns: Some(netns), options, state: Mutex::new(state) })
+        Ok(Self {
+            netns: Some(netns),
+            options,
+            state: Mutex::new(state),
+        })
     }
 
     /// The network in the calling thread's namespace, for bridges that others made. No taps are made there.
@@ -193,7 +197,11 @@ impl Network {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_here(options: Options) -> Result<Self, NetworkError> {
-        Ok(Self { netns: None, options, state: Mutex::new(Self::state(options)?) })
+        Ok(Self {
+            netns: None,
+            options,
+            state: Mutex::new(Self::state(options)?),
+        })
     }
 
     fn state(options: Options) -> Result<State, NetworkError> {
@@ -206,7 +214,14 @@ impl Network {
         }
         let pool = Pool::new(options.capacity);
         let generations = vec![0; pool.capacity()];
-        Ok(State { pool, attached: BTreeMap::new(), taps: BTreeMap::new(), generations, nft, links })
+        Ok(State {
+            pool,
+            attached: BTreeMap::new(),
+            taps: BTreeMap::new(),
+            generations,
+            nft,
+            links,
+        })
     }
 
     /// The namespace, for VMMs to enter; `None` for [`Self::open_here`].
@@ -235,7 +250,11 @@ impl Network {
         netns.create_taps_down(&slots)?;
         let mut state = self.lock();
         let links = state.links.list()?;
-        state.taps.extend(links.iter().filter_map(|link| Some((Slot::of_tap(&link.name)?.number(), link.index))));
+        state.taps.extend(
+            links
+                .iter()
+                .filter_map(|link| Some((Slot::of_tap(&link.name)?.number(), link.index))),
+        );
         Ok(())
     }
 
@@ -246,7 +265,9 @@ impl Network {
     pub fn attach(&self, policy: Policy) -> Result<Place, NetworkError> {
         policy.check()?;
         let mut state = self.lock();
-        let lease = state.pool.take().ok_or(NetworkError::Full { capacity: state.pool.capacity() })?;
+        let lease = state.pool.take().ok_or(NetworkError::Full {
+            capacity: state.pool.capacity(),
+        })?;
         (self.options.on_step)(Step::Taken);
         let slot = lease.slot();
         let place = Place::routed(slot, self.options.has_ipv6);
@@ -264,7 +285,13 @@ impl Network {
         match self.connect(&mut state, place, policy, index) {
             Ok(attached) => {
                 let place = attached.place.clone();
-                state.attached.insert(slot.number(), Attached { lease: Some(lease), ..attached });
+                state.attached.insert(
+                    slot.number(),
+                    Attached {
+                        lease: Some(lease),
+                        ..attached
+                    },
+                );
                 Ok(place)
             }
             Err(error) => {
@@ -293,11 +320,19 @@ impl Network {
         let link = state.links.find(place.tap.as_str())?;
         let link = link.ok_or_else(|| NetworkError::NoTap { tap: place.tap.clone() })?;
         let lease = state.pool.adopt(place.slot);
-        let lease = lease.ok_or(NetworkError::Full { capacity: state.pool.capacity() })?;
+        let lease = lease.ok_or(NetworkError::Full {
+            capacity: state.pool.capacity(),
+        })?;
         let number = place.slot.number();
         match self.connect(&mut state, place, policy, link.index) {
             Ok(attached) => {
-                state.attached.insert(number, Attached { lease: Some(lease), ..attached });
+                state.attached.insert(
+                    number,
+                    Attached {
+                        lease: Some(lease),
+                        ..attached
+                    },
+                );
                 Ok(())
             }
             Err(error) => {
@@ -317,14 +352,23 @@ impl Network {
         }
         state.nft.commit(batch)?;
         (self.options.on_step)(Step::Let);
-        let attached = Attached { place, policy, generation, index, lease: None, pins: Vec::new() };
+        let attached = Attached {
+            place,
+            policy,
+            generation,
+            index,
+            lease: None,
+            pins: Vec::new(),
+        };
         if attached.place.wiring == Wiring::Routed
             && let Err(refused) = state.links.bring_up(index, &attached.place)
         {
             state.remove(&attached)?;
             if refused.code() == libc::ENODEV {
                 state.taps.remove(&attached.place.slot.number());
-                return Err(NetworkError::NoTap { tap: attached.place.tap });
+                return Err(NetworkError::NoTap {
+                    tap: attached.place.tap,
+                });
             }
             return Err(refused.into());
         }
@@ -352,7 +396,10 @@ impl Network {
         }
         delete(&mut batch, &elements::gate(place, attached.generation));
         add(&mut batch, &elements::gate(place, generation));
-        delete(&mut batch, &elements::permissions(place, &attached.policy, attached.generation));
+        delete(
+            &mut batch,
+            &elements::permissions(place, &attached.policy, attached.generation),
+        );
         nft.commit(batch)?;
         unpin(nft, attached);
         (attached.policy, attached.generation) = (policy, generation);
@@ -385,7 +432,7 @@ impl Network {
 
     fn disconnect(&self, state: &mut State, attached: &mut Attached) -> Result<(), NetworkError> {
         if attached.place.wiring == Wiring::Routed {
-            match state.links.take_down(attached.index, attached.place.tap.as_str()) {
+            match state.links.disconnect(attached.index, &attached.place) {
                 // Removed under us: the next VM on this slot gets a new one.
                 Err(refused) if refused.code() == libc::ENODEV => {
                     state.taps.remove(&attached.place.slot.number());
@@ -414,7 +461,12 @@ impl Network {
             return Ok(false);
         }
         let milliseconds = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
-        let Attached { place, policy, generation, .. } = &*attached;
+        let Attached {
+            place,
+            policy,
+            generation,
+            ..
+        } = &*attached;
         let Some((table, set, element)) = elements::pin(place, policy, *generation, name, address, milliseconds) else {
             return Ok(false);
         };
@@ -461,7 +513,10 @@ impl Network {
             Wiring::Bridged => BRIDGE,
         };
         let mut of = |table, set, key: &[u8]| -> Result<Count, NetworkError> {
-            Ok(state.nft.element(table, set, key)?.map_or(Count::default(), |seen| Count::of(&seen)))
+            Ok(state
+                .nft
+                .element(table, set, key)?
+                .map_or(Count::default(), |seen| Count::of(&seen)))
         };
         Ok(Counters {
             sent: of(INET, "sent", &key)?,
@@ -476,7 +531,11 @@ impl Network {
     #[must_use]
     pub fn list(&self) -> Vec<(Place, Policy)> {
         let state = self.lock();
-        state.attached.values().map(|attached| (attached.place.clone(), attached.policy.clone())).collect()
+        state
+            .attached
+            .values()
+            .map(|attached| (attached.place.clone(), attached.policy.clone()))
+            .collect()
     }
 
     /// Slots taken and slots there are.
@@ -557,15 +616,23 @@ impl Network {
             state.nft.commit(batch)?;
             return Ok(false);
         };
-        let Some(lease) = state.pool.adopt(place.slot) else { return Ok(false) };
-        let gate = seen.iter().find(|(_, set, _)| *set == "vm").and_then(|(_, _, of)| of.first()?.data.clone());
+        let Some(lease) = state.pool.adopt(place.slot) else {
+            return Ok(false);
+        };
+        let gate = seen
+            .iter()
+            .find(|(_, set, _)| *set == "vm")
+            .and_then(|(_, _, of)| of.first()?.data.clone());
         if let (Some(old), Some(next)) = (gate, state.generations.get_mut(usize::from(place.slot.number()))) {
             *next = old.get(1).copied().unwrap_or(0);
         }
         let generation = state.next_generation(place.slot);
         let is_counter = |set: &str| ["sent", "received", "spoofed", "limited", "denied"].contains(&set);
-        let counted: BTreeSet<(Family, &str)> =
-            seen.iter().filter(|(_, set, _)| is_counter(set)).map(|(table, set, _)| (table.family, *set)).collect();
+        let counted: BTreeSet<(Family, &str)> = seen
+            .iter()
+            .filter(|(_, set, _)| is_counter(set))
+            .map(|(table, set, _)| (table.family, *set))
+            .collect();
         let mut batch = Batch::new();
         let old: Elements = seen.iter().filter(|(_, set, _)| !is_counter(set)).cloned().collect();
         delete(&mut batch, &old);
@@ -655,7 +722,10 @@ impl State {
 
 impl Count {
     fn of(seen: &Seen) -> Self {
-        Self { packets: seen.packets, bytes: seen.bytes }
+        Self {
+            packets: seen.packets,
+            bytes: seen.bytes,
+        }
     }
 }
 
@@ -700,7 +770,10 @@ impl SeenByOwner {
     fn remove_tap(&mut self, tap: &TapName) -> Elements {
         let named = self.by_name.remove(&table::name_key(tap.as_str())).unwrap_or_default();
         // A bridged tap's slot is known by its gate alone.
-        let gate = named.iter().find(|(_, set, _)| *set == "vm").and_then(|(_, _, element)| slot_of(element.data.as_ref()?));
+        let gate = named
+            .iter()
+            .find(|(_, set, _)| *set == "vm")
+            .and_then(|(_, _, element)| slot_of(element.data.as_ref()?));
         let slot = gate.or_else(|| Some(Slot::of_tap(tap.as_str())?.number()));
         let marked = slot.and_then(|slot| self.by_slot.remove(&slot)).unwrap_or_default();
         let mut all: Elements = Vec::new();
@@ -742,7 +815,10 @@ fn seen_by_owner(nft: &mut Nft) -> Result<SeenByOwner, Refused> {
             };
             let entry = (*table, set.name, element);
             if is_named {
-                all.by_name.entry(seen.key[..16.min(seen.key.len())].to_vec()).or_default().push(entry);
+                all.by_name
+                    .entry(seen.key[..16.min(seen.key.len())].to_vec())
+                    .or_default()
+                    .push(entry);
             } else if let Some(slot) = slot_of(&seen.key) {
                 all.by_slot.entry(slot).or_default().push(entry);
             }

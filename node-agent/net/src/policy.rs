@@ -70,7 +70,10 @@ pub struct Service {
 
 impl Service {
     /// The DNS proxy over UDP.
-    pub const DNS: Self = Self { is_tcp: false, port: 53 };
+    pub const DNS: Self = Self {
+        is_tcp: false,
+        port: 53,
+    };
 }
 
 /// Bounds on what a VM sends. Bursts are as much as one second brings.
@@ -145,10 +148,14 @@ impl Policy {
     /// Names the field and the bound.
     pub fn check(&self) -> Result<(), PolicyError> {
         if self.egress.len() > MAX_RULES {
-            return Err(PolicyError::TooManyRules { count: self.egress.len() });
+            return Err(PolicyError::TooManyRules {
+                count: self.egress.len(),
+            });
         }
         if self.services.len() > MAX_SERVICES {
-            return Err(PolicyError::TooManyServices { count: self.services.len() });
+            return Err(PolicyError::TooManyServices {
+                count: self.services.len(),
+            });
         }
         let limits = [self.limits.packets, self.limits.connects, self.limits.connections];
         if limits.iter().any(|limit| !(1..=MAX_RATE).contains(limit)) {
@@ -289,7 +296,9 @@ impl FromStr for DnsName {
         let plain = name.strip_prefix("*.").unwrap_or(&name);
         let is_label = |label: &str| {
             (1..=63).contains(&label.len())
-                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+                && label
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
         // RFC 1035 2.3.4: 255 bytes on the wire are 253 of text.
         if name.len() <= 253 && plain.contains('.') && plain.split('.').all(is_label) {
@@ -335,10 +344,27 @@ mod tests {
 
     #[test]
     fn networks_are_read_only_when_they_are_meant() {
-        for text in ["10.0.0.0/8", "0.0.0.0/0", "192.0.2.7/32", "::/0", "2001:db8::/32", "2001:db8::1/128"] {
+        for text in [
+            "10.0.0.0/8",
+            "0.0.0.0/0",
+            "192.0.2.7/32",
+            "::/0",
+            "2001:db8::/32",
+            "2001:db8::1/128",
+        ] {
             assert_eq!(text.parse::<Cidr>().unwrap().to_string(), text);
         }
-        for text in ["", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/", "10.0.0.0/+8", "::1/64", "a/8", "1.2.3/24", "::/129"] {
+        for text in [
+            "",
+            "10.0.0.1/8",
+            "10.0.0.0/33",
+            "10.0.0.0/",
+            "10.0.0.0/+8",
+            "::1/64",
+            "a/8",
+            "1.2.3/24",
+            "::/129",
+        ] {
             assert!(text.parse::<Cidr>().is_err(), "{text}");
         }
         assert_eq!("192.0.2.7".parse::<Cidr>().unwrap().to_string(), "192.0.2.7/32");
@@ -368,10 +394,16 @@ mod tests {
             protocol: Protocol::Tcp,
             ports: 1..=2,
         };
-        let mut policy = Policy { egress: vec![rule.clone(); MAX_RULES], ..Policy::default() };
+        let mut policy = Policy {
+            egress: vec![rule.clone(); MAX_RULES],
+            ..Policy::default()
+        };
         assert_eq!(policy.check(), Ok(()));
         #[allow(clippy::reversed_empty_ranges, reason = "it is the case")]
-        let empty = Rule { ports: 9..=8, ..rule.clone() };
+        let empty = Rule {
+            ports: 9..=8,
+            ..rule.clone()
+        };
         policy.egress[3] = empty;
         assert!(policy.check().unwrap_err().to_string().contains("egress[3]"));
         policy.egress.push(rule);
@@ -381,8 +413,21 @@ mod tests {
     #[test]
     fn the_address_of_every_metadata_service_is_never_opened() {
         for text in [
-            "169.254.169.254", "127.0.0.1", "100.64.0.1", "100.100.100.200", "224.0.0.1", "255.255.255.255", "0.0.0.0", "::1",
-            "fe80::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "fdfa:fa::5", "::",
+            "169.254.169.254",
+            "127.0.0.1",
+            "100.64.0.1",
+            "100.100.100.200",
+            "224.0.0.1",
+            "255.255.255.255",
+            "0.0.0.0",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a00:1",
+            "2002:a00:1::",
+            "fdfa:fa::5",
+            "::",
         ] {
             assert!(is_never(text.parse().unwrap()), "{text}");
         }

@@ -153,7 +153,9 @@ mod tests {
         let mut pool = Pool::new(3);
         let first = pool.take().unwrap();
         pool.give_back(first);
-        let order: Vec<u16> = std::iter::from_fn(|| pool.take()).map(|lease| lease.slot().number()).collect();
+        let order: Vec<u16> = std::iter::from_fn(|| pool.take())
+            .map(|lease| lease.slot().number())
+            .collect();
         assert_eq!(order, [1, 2, 0]);
     }
 }

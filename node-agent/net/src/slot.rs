@@ -122,7 +122,16 @@ impl Guest {
     pub fn link_local(&self) -> Ipv6Addr {
         let [a, b, c, d, e, f] = self.mac;
         let half = |high: u8, low: u8| u16::from_be_bytes([high, low]);
-        Ipv6Addr::new(0xfe80, 0, 0, 0, half(a ^ 2, b), half(c, 0xff), half(0xfe, d), half(e, f))
+        Ipv6Addr::new(
+            0xfe80,
+            0,
+            0,
+            0,
+            half(a ^ 2, b),
+            half(c, 0xff),
+            half(0xfe, d),
+            half(e, f),
+        )
     }
 }
 
@@ -161,7 +170,10 @@ impl Place {
             slot,
             tap: slot.tap(),
             wiring: Wiring::Routed,
-            guest: Guest { address6: GUEST.address6.filter(|_| has_ipv6), ..GUEST },
+            guest: Guest {
+                address6: GUEST.address6.filter(|_| has_ipv6),
+                ..GUEST
+            },
             address: slot.guest_address(),
             address6,
         }
@@ -171,7 +183,14 @@ impl Place {
     #[must_use]
     pub fn bridged(slot: Slot, tap: TapName, guest: Guest) -> Self {
         let (address, address6) = (guest.address, guest.address6);
-        Self { slot, tap, wiring: Wiring::Bridged, guest, address, address6 }
+        Self {
+            slot,
+            tap,
+            wiring: Wiring::Bridged,
+            guest,
+            address,
+            address6,
+        }
     }
 }
 

@@ -24,11 +24,20 @@ use crate::nft::{
 };
 
 /// Policy of routed taps, and of bridged ones above the link.
-pub(crate) const INET: Table = Table { family: Family::Inet, name: "far" };
+pub(crate) const INET: Table = Table {
+    family: Family::Inet,
+    name: "far",
+};
 /// Who may say what over ARP on routed taps.
-pub(crate) const ARP: Table = Table { family: Family::Arp, name: "far" };
+pub(crate) const ARP: Table = Table {
+    family: Family::Arp,
+    name: "far",
+};
 /// What bridge ports may send.
-pub(crate) const BRIDGE: Table = Table { family: Family::Bridge, name: "far" };
+pub(crate) const BRIDGE: Table = Table {
+    family: Family::Bridge,
+    name: "far",
+};
 
 /// Names of taps that FAR makes begin so: in the guests' namespace every such link is a guest's.
 pub(crate) const ROUTED_PREFIX: &str = "fa";
@@ -48,19 +57,35 @@ const SOURCE_NAT: i32 = 100;
 const LATE: i32 = 300;
 
 const fn set(name: &'static str, key: &'static [u32]) -> SetKind {
-    SetKind { name, key, data: None, flags: 0, expression: None }
+    SetKind {
+        name,
+        key,
+        data: None,
+        flags: 0,
+    }
 }
 
 const fn map(name: &'static str, key: &'static [u32], data: (u32, u32)) -> SetKind {
-    SetKind { name, key, data: Some(data), flags: MAP, expression: None }
+    SetKind {
+        name,
+        key,
+        data: Some(data),
+        flags: MAP,
+    }
 }
 
 const fn intervals(of: SetKind) -> SetKind {
-    SetKind { flags: of.flags | INTERVAL, ..of }
+    SetKind {
+        flags: of.flags | INTERVAL,
+        ..of
+    }
 }
 
 const fn timed(of: SetKind) -> SetKind {
-    SetKind { flags: of.flags | TIMEOUT, ..of }
+    SetKind {
+        flags: of.flags | TIMEOUT,
+        ..of
+    }
 }
 
 /// Sets of `inet far`, then of the others. A set with intervals has its VM in front of the address, so that one tree
@@ -162,10 +187,16 @@ pub(crate) fn successor(mut key: Vec<u8>) -> Vec<u8> {
 /// The two elements of an interval, both ends included.
 pub(crate) fn interval(first: Vec<u8>, last: Vec<u8>, data: Option<Vec<u8>>) -> Vec<Element> {
     let end = successor(last);
-    let mut elements = vec![Element { data, ..Element::of(first) }];
+    let mut elements = vec![Element {
+        data,
+        ..Element::of(first)
+    }];
     // Behind the last key of all nothing can end.
     if end.iter().any(|&byte| byte != 0) {
-        elements.push(Element { is_end: true, ..Element::of(end) });
+        elements.push(Element {
+            is_end: true,
+            ..Element::of(end)
+        });
     }
     elements
 }
@@ -182,12 +213,16 @@ pub(crate) fn install() -> Batch {
         batch.set(*table, set, number);
     }
     let constant4 = |ranges: &[([u8; 4], [u8; 4])]| -> Vec<Element> {
-        let of = ranges.iter().flat_map(|(first, last)| interval(first.to_vec(), last.to_vec(), None));
+        let of = ranges
+            .iter()
+            .flat_map(|(first, last)| interval(first.to_vec(), last.to_vec(), None));
         of.collect()
     };
     let constant6 = |ranges: &[(u128, u128)]| -> Vec<Element> {
         let bytes = |address: u128| address.to_be_bytes().to_vec();
-        let of = ranges.iter().flat_map(|(first, last)| interval(bytes(*first), bytes(*last), None));
+        let of = ranges
+            .iter()
+            .flat_map(|(first, last)| interval(bytes(*first), bytes(*last), None));
         of.collect()
     };
     batch.add_elements(INET, "never4", &constant4(NEVER4));
@@ -216,7 +251,12 @@ struct Chain {
 /// Chains that others jump to come first: the kernel wants them to be there.
 fn chains() -> Vec<Chain> {
     use Verdict::{Accept, Drop, Goto};
-    let plain = |table, name, rules| Chain { table, name, hook: None, rules };
+    let plain = |table, name, rules| Chain {
+        table,
+        name,
+        hook: None,
+        rules,
+    };
     let hooked = |table, name, kind, number, priority, rules| Chain {
         table,
         name,
@@ -225,47 +265,131 @@ fn chains() -> Vec<Chain> {
     };
     let on = |prefix: &str, key, verdict| [name_begins(prefix, key), vec![end(verdict)]].concat();
     vec![
-        plain(INET, "spoofed", vec![
-            vec![load(Meta::InName, R0), look("spoofed", R0)],
-            vec![end(Drop)],
-        ]),
-        plain(INET, "limited", vec![[load_mark(), vec![look("limited", R0)]].concat(), vec![end(Drop)]]),
-        plain(INET, "denied", vec![[load_mark(), vec![look("denied", R0)]].concat(), vec![end(Drop)]]),
+        plain(
+            INET,
+            "spoofed",
+            vec![vec![load(Meta::InName, R0), look("spoofed", R0)], vec![end(Drop)]],
+        ),
+        plain(
+            INET,
+            "limited",
+            vec![[load_mark(), vec![look("limited", R0)]].concat(), vec![end(Drop)]],
+        ),
+        plain(
+            INET,
+            "denied",
+            vec![[load_mark(), vec![look("denied", R0)]].concat(), vec![end(Drop)]],
+        ),
         plain(INET, "guest", guest()),
         plain(INET, "to_host", to_host()),
-        plain(INET, "to_guest", vec![
-            [state(STATE_ANSWER), vec![Expression::CtMark { to: R0 }, look("live", R0), end(Accept)]].concat(),
-            vec![end(Drop)],
-        ]),
+        plain(
+            INET,
+            "to_guest",
+            vec![
+                [
+                    state(STATE_ANSWER),
+                    vec![Expression::CtMark { to: R0 }, look("live", R0), end(Accept)],
+                ]
+                .concat(),
+                vec![end(Drop)],
+            ],
+        ),
         plain(INET, "let", let_out()),
         plain(INET, "egress", egress()),
         plain(INET, "deliver", deliver()),
-        hooked(INET, "from_guest", "filter", PREROUTING, RAW, vec![on(ROUTED_PREFIX, Meta::InName, Goto("guest"))]),
-        hooked(INET, "input", "filter", INPUT, FILTER, vec![[is_marked(), vec![end(Goto("to_host"))]].concat()]),
-        hooked(INET, "forward", "filter", FORWARD, FILTER, vec![
-            // To a guest before from a guest: no rule of a spec opens another guest.
-            on(ROUTED_PREFIX, Meta::OutName, Goto("to_guest")),
-            vec![load(Meta::OutName, R0), look("bridges", R0), end(Goto("to_guest"))],
-            [is_marked(), vec![end(Goto("egress"))]].concat(),
-        ]),
-        hooked(INET, "nat", "nat", POSTROUTING, SOURCE_NAT, vec![[is_marked(), vec![Expression::Masquerade]].concat()]),
-        hooked(INET, "to_tap", "filter", POSTROUTING, LATE, vec![on(ROUTED_PREFIX, Meta::OutName, Goto("deliver"))]),
-        hooked(ARP, "input", "filter", ARP_INPUT, FILTER, vec![
-            [name_begins(ROUTED_PREFIX, Meta::InName), arp_sender(), vec![look_absent("sender", R0), end(Drop)]].concat(),
-        ]),
-        plain(BRIDGE, "spoofed", vec![
-            vec![load(Meta::InName, R0), look("spoofed", R0)],
-            vec![end(Drop)],
-        ]),
+        hooked(
+            INET,
+            "from_guest",
+            "filter",
+            PREROUTING,
+            RAW,
+            vec![on(ROUTED_PREFIX, Meta::InName, Goto("guest"))],
+        ),
+        hooked(
+            INET,
+            "input",
+            "filter",
+            INPUT,
+            FILTER,
+            vec![[is_marked(), vec![end(Goto("to_host"))]].concat()],
+        ),
+        hooked(
+            INET,
+            "forward",
+            "filter",
+            FORWARD,
+            FILTER,
+            vec![
+                // To a guest before from a guest: no rule of a spec opens another guest.
+                on(ROUTED_PREFIX, Meta::OutName, Goto("to_guest")),
+                vec![load(Meta::OutName, R0), look("bridges", R0), end(Goto("to_guest"))],
+                [is_marked(), vec![end(Goto("egress"))]].concat(),
+            ],
+        ),
+        hooked(
+            INET,
+            "nat",
+            "nat",
+            POSTROUTING,
+            SOURCE_NAT,
+            vec![[is_marked(), vec![Expression::Masquerade]].concat()],
+        ),
+        hooked(
+            INET,
+            "to_tap",
+            "filter",
+            POSTROUTING,
+            LATE,
+            vec![on(ROUTED_PREFIX, Meta::OutName, Goto("deliver"))],
+        ),
+        hooked(
+            ARP,
+            "input",
+            "filter",
+            ARP_INPUT,
+            FILTER,
+            vec![
+                [
+                    name_begins(ROUTED_PREFIX, Meta::InName),
+                    arp_sender(),
+                    vec![look_absent("sender", R0), end(Drop)],
+                ]
+                .concat(),
+            ],
+        ),
+        plain(
+            BRIDGE,
+            "spoofed",
+            vec![vec![load(Meta::InName, R0), look("spoofed", R0)], vec![end(Drop)]],
+        ),
         plain(BRIDGE, "port", port()),
-        hooked(BRIDGE, "from_port", "filter", PREROUTING, RAW, vec![on(BRIDGED_PREFIX, Meta::InName, Goto("port"))]),
-        hooked(BRIDGE, "forward", "filter", FORWARD, FILTER, vec![
-            on(BRIDGED_PREFIX, Meta::InName, Drop),
-            on(BRIDGED_PREFIX, Meta::OutName, Drop),
-        ]),
-        hooked(BRIDGE, "output", "filter", OUTPUT, FILTER, vec![
-            vec![load(Meta::OutName, R0), look("received", R0)],
-        ]),
+        hooked(
+            BRIDGE,
+            "from_port",
+            "filter",
+            PREROUTING,
+            RAW,
+            vec![on(BRIDGED_PREFIX, Meta::InName, Goto("port"))],
+        ),
+        hooked(
+            BRIDGE,
+            "forward",
+            "filter",
+            FORWARD,
+            FILTER,
+            vec![
+                on(BRIDGED_PREFIX, Meta::InName, Drop),
+                on(BRIDGED_PREFIX, Meta::OutName, Drop),
+            ],
+        ),
+        hooked(
+            BRIDGE,
+            "output",
+            "filter",
+            OUTPUT,
+            FILTER,
+            vec![vec![load(Meta::OutName, R0), look("received", R0)]],
+        ),
     ]
 }
 
@@ -273,13 +397,21 @@ fn chains() -> Vec<Chain> {
 fn let_out() -> Vec<Vec<Expression>> {
     vec![
         unclassed(),
-        vec![load(Meta::Mark, R0), Expression::SetCtMark { from: R0 }, end(Verdict::Accept)],
+        vec![
+            load(Meta::Mark, R0),
+            Expression::SetCtMark { from: R0 },
+            end(Verdict::Accept),
+        ],
     ]
 }
 
 /// A class's mark becomes the packet's again.
 fn unclassed() -> Vec<Expression> {
-    let mask = Expression::Mask { register: R0, mask: 0xffff_ff00, xor: MARK_BYTE.into() };
+    let mask = Expression::Mask {
+        register: R0,
+        mask: 0xffff_ff00,
+        xor: MARK_BYTE.into(),
+    };
     vec![load(Meta::Mark, R0), mask, Expression::SetMark { from: R0 }]
 }
 
@@ -291,15 +423,31 @@ fn guest() -> Vec<Vec<Expression>> {
         [ipv6(), source6(), vec![look_absent("source6", R0), spoofed()]].concat(),
         [vm_of(Meta::InName), vec![Expression::SetMark { from: R0 }]].concat(),
         // In no set: a tap that was not let.
-        vec![load(Meta::Mark, R0), compare(R0, &0_u32.to_ne_bytes()), end(Verdict::Drop)],
-        [load_mark(), vec![look("packets_over", R0), end(Verdict::Goto("limited"))]].concat(),
+        vec![
+            load(Meta::Mark, R0),
+            compare(R0, &0_u32.to_ne_bytes()),
+            end(Verdict::Drop),
+        ],
+        [
+            load_mark(),
+            vec![look("packets_over", R0), end(Verdict::Goto("limited"))],
+        ]
+        .concat(),
     ];
     rules.extend(neighbor_rules(ipv6()));
     rules.extend([
         [load_mark(), vec![look("sent", R0)]].concat(),
         [ipv4(), vec![load(Meta::InName, R0), value("inward4", R0), rewrite4(12)]].concat(),
-        [ipv6(), vec![load(Meta::InName, R0), payload(Base::Network, 8, 16, R0 + 4), value("inward6", R0), rewrite6(8)]]
-            .concat(),
+        [
+            ipv6(),
+            vec![
+                load(Meta::InName, R0),
+                payload(Base::Network, 8, 16, R0 + 4),
+                value("inward6", R0),
+                rewrite6(8),
+            ],
+        ]
+        .concat(),
     ]);
     rules
 }
@@ -307,7 +455,11 @@ fn guest() -> Vec<Vec<Expression>> {
 /// Advertisements of others' addresses, routers' advertisements and redirects are never a guest's to send.
 fn neighbor_rules(is_ipv6: Vec<Expression>) -> Vec<Vec<Expression>> {
     let kind = |number: u8| {
-        let protocol = vec![load(Meta::Protocol, R0), compare(R0, &[58]), payload(Base::Transport, 0, 1, R0)];
+        let protocol = vec![
+            load(Meta::Protocol, R0),
+            compare(R0, &[58]),
+            payload(Base::Transport, 0, 1, R0),
+        ];
         [is_ipv6.clone(), protocol, vec![compare(R0, &[number])]].concat()
     };
     let spoofed = || end(Verdict::Goto("spoofed"));
@@ -327,7 +479,11 @@ fn port() -> Vec<Vec<Expression>> {
     let pass = || end(Verdict::Accept);
     let mut rules = vec![
         [vm_of(Meta::InName), vec![Expression::SetMark { from: R0 }]].concat(),
-        vec![load(Meta::Mark, R0), compare(R0, &0_u32.to_ne_bytes()), end(Verdict::Drop)],
+        vec![
+            load(Meta::Mark, R0),
+            compare(R0, &0_u32.to_ne_bytes()),
+            end(Verdict::Drop),
+        ],
         [is_type(0x0806), arp_sender(), vec![look("sender", R0), pass()]].concat(),
         [is_type(0x0800), source4(), vec![look("source4", R0), pass()]].concat(),
     ];
@@ -346,13 +502,25 @@ fn to_host() -> Vec<Vec<Expression>> {
         end(Verdict::Accept),
     ];
     let neighbor = |number: u8| {
-        let of = vec![load(Meta::Protocol, R0), compare(R0, &[58]), payload(Base::Transport, 0, 1, R0)];
+        let of = vec![
+            load(Meta::Protocol, R0),
+            compare(R0, &[58]),
+            payload(Base::Transport, 0, 1, R0),
+        ];
         [ipv6(), of, vec![compare(R0, &[number]), end(Verdict::Accept)]].concat()
     };
     vec![
         bridged_limits(),
         // Answers to what the blade itself asked.
-        [state(STATE_ANSWER), vec![Expression::CtDirection { to: R0 }, compare(R0, &[1]), end(Verdict::Accept)]].concat(),
+        [
+            state(STATE_ANSWER),
+            vec![
+                Expression::CtDirection { to: R0 },
+                compare(R0, &[1]),
+                end(Verdict::Accept),
+            ],
+        ]
+        .concat(),
         protocol_port,
         neighbor(135),
         neighbor(136),
@@ -376,12 +544,35 @@ fn egress() -> Vec<Vec<Expression>> {
     let accept = || end(Verdict::Accept);
     let mut rules = vec![
         bridged_limits(),
-        [vec![load(Meta::InName, R0), look("bridges", R0)], load_mark(), vec![look("sent", R0)]].concat(),
+        [
+            vec![load(Meta::InName, R0), look("bridges", R0)],
+            load_mark(),
+            vec![look("sent", R0)],
+        ]
+        .concat(),
         [state(STATE_INVALID), vec![denied()]].concat(),
-        [ipv4(), vec![payload(Base::Network, 16, 4, R0), look("never4", R0), denied()]].concat(),
-        [ipv6(), vec![payload(Base::Network, 24, 16, R0), look("never6", R0), denied()]].concat(),
-        [state(STATE_NEW), load_mark(), vec![look("connects_over", R0), limited()]].concat(),
-        [state(STATE_NEW), load_mark(), vec![look("connections_over", R0), limited()]].concat(),
+        [
+            ipv4(),
+            vec![payload(Base::Network, 16, 4, R0), look("never4", R0), denied()],
+        ]
+        .concat(),
+        [
+            ipv6(),
+            vec![payload(Base::Network, 24, 16, R0), look("never6", R0), denied()],
+        ]
+        .concat(),
+        [
+            state(STATE_NEW),
+            load_mark(),
+            vec![look("connects_over", R0), limited()],
+        ]
+        .concat(),
+        [
+            state(STATE_NEW),
+            load_mark(),
+            vec![look("connections_over", R0), limited()],
+        ]
+        .concat(),
     ];
     // The destination turns the mark into its class for a moment; the class has the ports. A class that does not fit is
     // turned back, and the next is tried.
@@ -415,7 +606,13 @@ fn egress() -> Vec<Vec<Expression>> {
         rules.push([is_family, open].concat());
     }
     // What was let stays so under the policy that let it: a connection to a pinned address outlives the pin.
-    rules.push([state(STATE_ANSWER), vec![Expression::CtMark { to: R0 }, look("live", R0), accept()]].concat());
+    rules.push(
+        [
+            state(STATE_ANSWER),
+            vec![Expression::CtMark { to: R0 }, look("live", R0), accept()],
+        ]
+        .concat(),
+    );
     rules.push(vec![denied()]);
     rules
 }
@@ -424,10 +621,19 @@ fn egress() -> Vec<Vec<Expression>> {
 fn deliver() -> Vec<Vec<Expression>> {
     vec![
         vec![load(Meta::OutName, R0), look("received", R0)],
-        [ipv4(), vec![load(Meta::OutName, R0), value("outward4", R0), rewrite4(16)]].concat(),
+        [
+            ipv4(),
+            vec![load(Meta::OutName, R0), value("outward4", R0), rewrite4(16)],
+        ]
+        .concat(),
         [
             ipv6(),
-            vec![load(Meta::OutName, R0), payload(Base::Network, 24, 16, R0 + 4), value("outward6", R0), rewrite6(24)],
+            vec![
+                load(Meta::OutName, R0),
+                payload(Base::Network, 24, 16, R0 + 4),
+                value("outward6", R0),
+                rewrite6(24),
+            ],
         ]
         .concat(),
     ]
@@ -441,8 +647,16 @@ const STATE_NEW: u32 = 8;
 fn state(bits: u32) -> Vec<Expression> {
     vec![
         Expression::CtState { to: R0 },
-        Expression::Mask { register: R0, mask: bits, xor: 0 },
-        Expression::Compare { register: R0, is_equal: false, value: 0_u32.to_ne_bytes().to_vec() },
+        Expression::Mask {
+            register: R0,
+            mask: bits,
+            xor: 0,
+        },
+        Expression::Compare {
+            register: R0,
+            is_equal: false,
+            value: 0_u32.to_ne_bytes().to_vec(),
+        },
     ]
 }
 
@@ -467,22 +681,41 @@ fn vm_of(key: Meta) -> Vec<Expression> {
 fn is_marked() -> Vec<Expression> {
     vec![
         load(Meta::Mark, R0),
-        Expression::Mask { register: R0, mask: 0xff, xor: 0 },
+        Expression::Mask {
+            register: R0,
+            mask: 0xff,
+            xor: 0,
+        },
         compare(R0, &u32::from(MARK_BYTE).to_ne_bytes()),
     ]
 }
 
 /// The mark without the policy's generation.
 fn load_mark() -> Vec<Expression> {
-    vec![load(Meta::Mark, R0), Expression::Mask { register: R0, mask: LASTING, xor: 0 }]
+    vec![
+        load(Meta::Mark, R0),
+        Expression::Mask {
+            register: R0,
+            mask: LASTING,
+            xor: 0,
+        },
+    ]
 }
 
 fn source4() -> Vec<Expression> {
-    vec![load(Meta::InName, R0), payload(Base::Link, 6, 6, R0 + 4), payload(Base::Network, 12, 4, R0 + 6)]
+    vec![
+        load(Meta::InName, R0),
+        payload(Base::Link, 6, 6, R0 + 4),
+        payload(Base::Network, 12, 4, R0 + 6),
+    ]
 }
 
 fn source6() -> Vec<Expression> {
-    vec![load(Meta::InName, R0), payload(Base::Link, 6, 6, R0 + 4), payload(Base::Network, 8, 16, R0 + 6)]
+    vec![
+        load(Meta::InName, R0),
+        payload(Base::Link, 6, 6, R0 + 4),
+        payload(Base::Network, 8, 16, R0 + 6),
+    ]
 }
 
 /// Interface, the frame's MAC, the sender's MAC and address inside (RFC 826).
@@ -500,31 +733,65 @@ fn load(key: Meta, to: u32) -> Expression {
 }
 
 fn payload(base: Base, offset: u32, length: u32, to: u32) -> Expression {
-    Expression::Payload { base, offset, length, to }
+    Expression::Payload {
+        base,
+        offset,
+        length,
+        to,
+    }
 }
 
 fn compare(register: u32, value: &[u8]) -> Expression {
-    Expression::Compare { register, is_equal: true, value: value.to_vec() }
+    Expression::Compare {
+        register,
+        is_equal: true,
+        value: value.to_vec(),
+    }
 }
 
 fn look(set: &'static str, key: u32) -> Expression {
-    Expression::Lookup { set, key, to: None, is_absent: false }
+    Expression::Lookup {
+        set,
+        key,
+        to: None,
+        is_absent: false,
+    }
 }
 
 fn look_absent(set: &'static str, key: u32) -> Expression {
-    Expression::Lookup { set, key, to: None, is_absent: true }
+    Expression::Lookup {
+        set,
+        key,
+        to: None,
+        is_absent: true,
+    }
 }
 
 fn value(set: &'static str, key: u32) -> Expression {
-    Expression::Lookup { set, key, to: Some(R0), is_absent: false }
+    Expression::Lookup {
+        set,
+        key,
+        to: Some(R0),
+        is_absent: false,
+    }
 }
 
 fn rewrite4(offset: u32) -> Expression {
-    Expression::Rewrite { offset, length: 4, header_sum: Some(10), from: R0 }
+    Expression::Rewrite {
+        offset,
+        length: 4,
+        header_sum: Some(10),
+        from: R0,
+    }
 }
 
 fn rewrite6(offset: u32) -> Expression {
-    Expression::Rewrite { offset, length: 16, header_sum: None, from: R0 }
+    Expression::Rewrite {
+        offset,
+        length: 16,
+        header_sum: None,
+        from: R0,
+    }
 }
 
 fn end(verdict: Verdict) -> Expression {

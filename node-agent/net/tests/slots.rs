@@ -9,7 +9,7 @@ mod common;
 
 use common::{json, lacks, nft_set};
 use far_net::{
-    Destination, GuestNetns, Mode, Network, Options, Place, Policy, Proven, Protocol, Reclaimed, Rule, Slot, Step,
+    Destination, GuestNetns, Mode, Network, Options, Place, Policy, Protocol, Proven, Reclaimed, Rule, Slot, Step,
 };
 use std::{
     collections::BTreeSet,
@@ -26,7 +26,11 @@ fn policy() -> Policy {
         protocol: Protocol::Tcp,
         ports: 443..=443,
     };
-    Policy { mode: Mode::Restricted, egress: networks.map(rule).to_vec(), ..Policy::default() }
+    Policy {
+        mode: Mode::Restricted,
+        egress: networks.map(rule).to_vec(),
+        ..Policy::default()
+    }
 }
 
 /// Names of the taps that are up, as `ip -j` tells.
@@ -34,18 +38,37 @@ fn up(netns: &Path) -> BTreeSet<String> {
     let links = json(netns, "ip -j link");
     let all = links.as_array().unwrap().iter();
     let up = all.filter(|link| link["flags"].as_array().unwrap().contains(&"UP".into()));
-    up.map(|link| link["ifname"].as_str().unwrap().to_owned()).filter(|name| name.starts_with("fa")).collect()
+    up.map(|link| link["ifname"].as_str().unwrap().to_owned())
+        .filter(|name| name.starts_with("fa"))
+        .collect()
 }
 
 /// All elements of per-VM sets, as `nft` lists them.
 fn listed(netns: &Path) -> String {
     let sets = [
-        "source4", "source6", "neighbor6", "ports", "open", "live", "services", "packets_over", "connects_over",
-        "connections_over", "sent", "received", "spoofed", "limited", "denied",
+        "source4",
+        "source6",
+        "neighbor6",
+        "ports",
+        "open",
+        "live",
+        "services",
+        "packets_over",
+        "connects_over",
+        "connections_over",
+        "sent",
+        "received",
+        "spoofed",
+        "limited",
+        "denied",
     ];
     let maps = ["vm", "inward4", "inward6", "outward4", "outward6", "egress4", "egress6"];
     let mut elements = String::new();
-    for (kind, name) in sets.map(|name| ("set", name)).into_iter().chain(maps.map(|name| ("map", name))) {
+    for (kind, name) in sets
+        .map(|name| ("set", name))
+        .into_iter()
+        .chain(maps.map(|name| ("map", name)))
+    {
         let of = json(netns, &format!("nft -j list {kind} inet far {name}"));
         elements += &of["nftables"][1][kind]["elem"].to_string();
     }
@@ -60,7 +83,10 @@ fn a_thousand_slots_are_let_and_leave_nothing() {
     let network = Network::open(GuestNetns::create().unwrap(), Options::default()).unwrap();
     let netns = network.netns().unwrap().path();
     network.prepare(1000).unwrap();
-    assert_eq!((json(&netns, "ip -j link").as_array().unwrap().len(), up(&netns).len()), (1001, 0));
+    assert_eq!(
+        (json(&netns, "ip -j link").as_array().unwrap().len(), up(&netns).len()),
+        (1001, 0)
+    );
     let places: Vec<Place> = (0..1000).map(|_| network.attach(policy()).unwrap()).collect();
     let slots: BTreeSet<Slot> = places.iter().map(|place| place.slot).collect();
     assert_eq!((slots.len(), up(&netns).len()), (1000, 1000));
@@ -68,7 +94,10 @@ fn a_thousand_slots_are_let_and_leave_nothing() {
     for place in &places {
         network.detach(place.slot).unwrap();
     }
-    assert_eq!((up(&netns).len(), listed(&netns).as_str(), network.use_of_slots()), (0, "", (0, 1024)));
+    assert_eq!(
+        (up(&netns).len(), listed(&netns).as_str(), network.use_of_slots()),
+        (0, "", (0, 1024))
+    );
 }
 
 /// Steps until the process kills itself, in the process that does.
@@ -104,7 +133,14 @@ fn the_process_that_is_killed() {
     };
     STEPS_LEFT.store(steps.parse().unwrap(), Ordering::SeqCst);
     let netns = GuestNetns::of_process(pid.parse().unwrap()).unwrap();
-    let network = Network::open(netns, Options { on_step: die_when_due, ..Options::default() }).unwrap();
+    let network = Network::open(
+        netns,
+        Options {
+            on_step: die_when_due,
+            ..Options::default()
+        },
+    )
+    .unwrap();
     let first = network.attach(policy()).unwrap();
     let second = network.attach(policy()).unwrap();
     network.detach(first.slot).unwrap();
@@ -124,7 +160,10 @@ fn kill_9_between_every_two_steps_leaves_nothing_after_a_reclaim() {
         // Its namespace is found by this process, as a VMM's is.
         let inside = format!("--net={}", netns.path().display());
         let mut command = Command::new("nsenter");
-        command.args([&inside, "sleep", "600"]).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .args([&inside, "sleep", "600"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let mut holder = Holder(command.spawn().unwrap());
         common::wait_for("the holder in the namespace", || {
             let seen = std::fs::read_link(format!("/proc/{}/ns/net", holder.0.id())).ok()?;
@@ -145,17 +184,38 @@ fn kill_9_between_every_two_steps_leaves_nothing_after_a_reclaim() {
         let network = Network::open(netns, Options::default()).unwrap();
         if is_second_up {
             let live = vec![(Place::routed(Slot::new(1).unwrap(), true), policy())];
-            let done = network.reclaim(&Proven { live, ours: ours.clone() }).unwrap();
+            let done = network
+                .reclaim(&Proven {
+                    live,
+                    ours: ours.clone(),
+                })
+                .unwrap();
             assert_eq!(done.adopted, 1, "after {steps} steps");
             assert_eq!(up(&path), BTreeSet::from(["fa1".to_owned()]), "after {steps} steps");
-            assert!(!listed(&path).contains("\"fa0\""), "after {steps} steps: {}", listed(&path));
+            assert!(
+                !listed(&path).contains("\"fa0\""),
+                "after {steps} steps: {}",
+                listed(&path)
+            );
             assert_eq!(network.use_of_slots().0, 1);
             network.detach(Slot::new(1).unwrap()).unwrap();
         } else {
-            network.reclaim(&Proven { live: Vec::new(), ours: ours.clone() }).unwrap();
+            network
+                .reclaim(&Proven {
+                    live: Vec::new(),
+                    ours: ours.clone(),
+                })
+                .unwrap();
         }
-        assert_eq!((up(&path).len(), listed(&path).as_str()), (0, ""), "after {steps} steps");
-        assert_eq!(network.reclaim(&Proven { live: Vec::new(), ours }).unwrap(), Reclaimed::default());
+        assert_eq!(
+            (up(&path).len(), listed(&path).as_str()),
+            (0, ""),
+            "after {steps} steps"
+        );
+        assert_eq!(
+            network.reclaim(&Proven { live: Vec::new(), ours }).unwrap(),
+            Reclaimed::default()
+        );
         network.attach(policy()).unwrap();
         holder.end();
         if ended.code() == Some(42) {
@@ -179,5 +239,8 @@ fn names_that_no_ledger_proves_are_left_alone() {
     common::ip(&path, "link set fa7 up");
     let ours = BTreeSet::from([Slot::new(3).unwrap().tap()]);
     let done = network.reclaim(&Proven { live: Vec::new(), ours }).unwrap();
-    assert_eq!((done, up(&path)), (Reclaimed::default(), BTreeSet::from(["fa7".to_owned()])));
+    assert_eq!(
+        (done, up(&path)),
+        (Reclaimed::default(), BTreeSet::from(["fa7".to_owned()]))
+    );
 }

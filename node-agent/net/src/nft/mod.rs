@@ -71,8 +71,6 @@ pub(crate) const INTERVAL: u32 = 4;
 pub(crate) const MAP: u32 = 8;
 /// Elements go by themselves.
 pub(crate) const TIMEOUT: u32 = 0x10;
-/// Elements have expressions of their own, and rules may run them.
-pub(crate) const EVAL: u32 = 0x20;
 
 /// Names a type towards the `nft` program, which lists by it (libnftables' datatype.h). The kernel does not look at it.
 pub(crate) mod datatype {
@@ -108,8 +106,6 @@ pub(crate) struct SetKind {
     /// Type and bytes of the values.
     pub(crate) data: Option<(u32, u32)>,
     pub(crate) flags: u32,
-    /// What each element does when it is looked up.
-    pub(crate) expression: Option<&'static str>,
 }
 
 impl SetKind {
@@ -124,7 +120,13 @@ impl SetKind {
 
     /// How `nft` reads keys and values (NFTNL_UDATA_SET_KEYBYTEORDER, _DATABYTEORDER): kind, length, value each.
     fn byte_orders(&self) -> Vec<u8> {
-        let order = |kind: u32| if matches!(kind, datatype::MARK | datatype::IFNAME) { 1_u32 } else { 2 };
+        let order = |kind: u32| {
+            if matches!(kind, datatype::MARK | datatype::IFNAME) {
+                1_u32
+            } else {
+                2
+            }
+        };
         let key = match self.key {
             [one] => order(*one),
             _ => 2,
@@ -239,15 +241,9 @@ impl Batch {
 
     /// Removes a table and all that is in it. It must be there: make it first in the same batch.
     pub(crate) fn delete_table(&mut self, table: Table) {
-        self.add(
-            format!("deleting table {}", table.name),
-            DELETE_TABLE,
-            0,
-            table,
-            |to| {
-                to.text(1, table.name);
-            },
-        );
+        self.add(format!("deleting table {}", table.name), DELETE_TABLE, 0, table, |to| {
+            to.text(1, table.name);
+        });
     }
 
     /// A chain whose packets pass when no rule decided.
@@ -396,8 +392,14 @@ pub(crate) struct Seen {
 
 impl Seen {
     fn parse(element: &[u8]) -> Option<Self> {
-        let value = |kind| attribute(element, kind).and_then(|data| attribute(data, 1)).map(<[u8]>::to_vec);
-        let expression = attribute(element, 7).and_then(|nest| attribute(nest, 2)).unwrap_or_default();
+        let value = |kind| {
+            attribute(element, kind)
+                .and_then(|data| attribute(data, 1))
+                .map(<[u8]>::to_vec)
+        };
+        let expression = attribute(element, 7)
+            .and_then(|nest| attribute(nest, 2))
+            .unwrap_or_default();
         let number = |kind| {
             let bytes = attribute(expression, kind)?;
             Some(u64::from_be_bytes(bytes.try_into().ok()?))

@@ -42,7 +42,11 @@ pub(crate) fn lacks(test: &str, programs: &[&str]) -> bool {
         return true;
     }
     let missing = programs.iter().find(|program| {
-        !Command::new("sh").args(["-c", &format!("command -v {program} >/dev/null")]).status().unwrap().success()
+        !Command::new("sh")
+            .args(["-c", &format!("command -v {program} >/dev/null")])
+            .status()
+            .unwrap()
+            .success()
     });
     if let Some(program) = missing {
         eprintln!("SKIPPED {test}: {program}");
@@ -57,19 +61,34 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
             return value;
         }
         assert!(Instant::now() < end, "{what} did not come");
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "the kernel's counters tell nobody that they changed"
+        )]
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
 pub(crate) fn run_in(netns: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new("nsenter");
-    let output = command.arg(format!("--net={}", netns.display())).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = command
+        .arg(format!("--net={}", netns.display()))
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     output
 }
 
 pub(crate) fn ip(netns: &Path, arguments: &str) {
-    run_in(netns, &[&["ip"], arguments.split(' ').collect::<Vec<_>>().as_slice()].concat());
+    run_in(
+        netns,
+        &[&["ip"], arguments.split(' ').collect::<Vec<_>>().as_slice()].concat(),
+    );
 }
 
 pub(crate) fn json(netns: &Path, arguments: &str) -> Value {
@@ -113,7 +132,19 @@ pub(crate) fn connect_world(guests: &GuestNetns) -> GuestNetns {
     let inside = guests.path();
     run_in(
         &inside,
-        &["ip", "link", "add", "up0", "type", "veth", "peer", "name", "down0", "netns", world.path().to_str().unwrap()],
+        &[
+            "ip",
+            "link",
+            "add",
+            "up0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "down0",
+            "netns",
+            world.path().to_str().unwrap(),
+        ],
     );
     ip(&inside, "addr add 192.0.2.2/30 dev up0");
     ip(&inside, "addr add 2a00:ffff::2/64 dev up0 nodad");
@@ -127,7 +158,7 @@ pub(crate) fn connect_world(guests: &GuestNetns) -> GuestNetns {
     for address in [WORLD, ELSEWHERE, METADATA, PRIVATE] {
         ip(&outside, &format!("addr add {address}/32 dev lo"));
     }
-    ip(&outside, &format!("addr add {WORLD6}/128 dev lo"));
+    ip(&outside, &format!("addr add {WORLD6}/128 dev lo nodad"));
     ip(&outside, "link set down0 up");
     ip(&inside, "route add default via 192.0.2.1");
     ip(&inside, "-6 route add default via 2a00:ffff::1");
@@ -141,7 +172,11 @@ pub(crate) fn connect_world(guests: &GuestNetns) -> GuestNetns {
 /// Echoes UDP until the process ends; the answer begins with the asker's address.
 pub(crate) fn echo(netns: &GuestNetns, address: IpAddr, port: u16) {
     let socket = netns.run_inside(|| {
-        let domain = if address.is_ipv4() { nix::sys::socket::AddressFamily::Inet } else { nix::sys::socket::AddressFamily::Inet6 };
+        let domain = if address.is_ipv4() {
+            nix::sys::socket::AddressFamily::Inet
+        } else {
+            nix::sys::socket::AddressFamily::Inet6
+        };
         let kind = nix::sys::socket::SockType::Datagram;
         let fd = nix::sys::socket::socket(domain, kind, nix::sys::socket::SockFlag::SOCK_CLOEXEC, None).unwrap();
         let at: nix::sys::socket::SockaddrStorage = std::net::SocketAddr::new(address, port).into();
@@ -228,12 +263,22 @@ pub(crate) struct From {
 impl From {
     pub(crate) fn place(place: &Place) -> Self {
         let address6 = place.guest.address6.unwrap_or(Ipv6Addr::UNSPECIFIED);
-        Self { mac: place.guest.mac, address: place.guest.address, address6 }
+        Self {
+            mac: place.guest.mac,
+            address: place.guest.address,
+            address6,
+        }
     }
 
     fn link(&self, kind: u16, packet: &[u8]) -> Vec<u8> {
         // The taps take any destination that is a multicast or their own; broadcast is both to a raw IP stack.
-        [&DESTINATION.with(std::cell::Cell::get)[..], &self.mac, &kind.to_be_bytes(), packet].concat()
+        [
+            &DESTINATION.with(std::cell::Cell::get)[..],
+            &self.mac,
+            &kind.to_be_bytes(),
+            packet,
+        ]
+        .concat()
     }
 
     pub(crate) fn ipv4(&self, to: Ipv4Addr, protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
@@ -257,7 +302,13 @@ impl From {
     pub(crate) fn udp_segment(&self, to: Ipv4Addr, port: u16, text: &str) -> Vec<u8> {
         let segment = datagram(port, text.as_bytes());
         let length = u16::try_from(segment.len()).unwrap();
-        let pseudo = [&self.address.octets()[..], &to.octets(), &[0, 17], &length.to_be_bytes()].concat();
+        let pseudo = [
+            &self.address.octets()[..],
+            &to.octets(),
+            &[0, 17],
+            &length.to_be_bytes(),
+        ]
+        .concat();
         summed(segment, &pseudo, 6)
     }
 
@@ -308,7 +359,10 @@ thread_local! {
 pub(crate) fn aim(netns: &Path, link: &str) {
     let seen = json(netns, &format!("ip -j link show dev {link}"));
     let text = seen[0]["address"].as_str().unwrap();
-    let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
     DESTINATION.with(|to| to.set(bytes.try_into().unwrap()));
 }
 
@@ -330,7 +384,9 @@ fn summed(mut segment: Vec<u8>, pseudo: &[u8], at: usize) -> Vec<u8> {
 
 /// RFC 1071.
 pub(crate) fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
     let mut sum: u32 = words.sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
