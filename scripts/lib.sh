@@ -73,3 +73,25 @@ step() {
 
 # Whether the version $1 is at least $2.
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+as_root() {
+	if [ "$(id -u)" -eq 0 ]; then
+		"$@"
+	elif command -v sudo >/dev/null; then
+		sudo -n "$@"
+	else
+		return 127
+	fi
+}
+
+# Asks for sudo's password once, before any step hides the terminal.
+may_install() {
+	[ "$(id -u)" -eq 0 ] && return 0
+	command -v sudo >/dev/null || return 1
+	sudo -n true 2>/dev/null && return 0
+	[ -t 0 ] && sudo -v -p "sudo password of %u, to install packages: "
+}
+
+apt() {
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@"
+}
