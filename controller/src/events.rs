@@ -1,11 +1,11 @@
-//! Events on agents, for `kubectl describe`. A lost event is only logged: status is what counts.
+//! Events on agents and blades, for `kubectl describe`. A lost event is only logged: status is what counts.
 
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
 };
 
-use far_api::{FIELD_MANAGER, FarAgent};
+use far_api::{FIELD_MANAGER, FarAgent, FarNode, FarNodeSpec};
 use kube::{
     Client, Resource, ResourceExt,
     runtime::events::{Event, EventType, Recorder, Reporter},
@@ -28,6 +28,21 @@ impl Events {
         Self {
             recorder: Recorder::new(client, reporter),
             last: Mutex::default(),
+        }
+    }
+
+    /// Warns about a blade.
+    pub(crate) async fn warn_of_blade(&self, blade: &str, reason: &str, note: &str) {
+        let event = Event {
+            type_: EventType::Warning,
+            reason: reason.to_owned(),
+            note: Some(crate::convert::cut(note.to_owned(), 1000)),
+            action: reason.to_owned(),
+            secondary: None,
+        };
+        let blade = FarNode::new(blade, FarNodeSpec::default()).object_ref(&());
+        if let Err(error) = self.recorder.publish(&event, &blade).await {
+            tracing::warn!(blade = blade.name, %error, "an event was not written");
         }
     }
 

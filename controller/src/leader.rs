@@ -225,6 +225,49 @@ impl Elector {
     }
 }
 
+/// For when a blade says that another controller leads: the Lease decides, never one blade.
+pub(crate) struct Doubts {
+    api: Api<Lease>,
+    identity: String,
+    lead: Lead,
+}
+
+impl Doubts {
+    pub(crate) fn new(client: Client, holder: &Holder, lead: &Lead) -> Self {
+        Self {
+            api: Api::namespaced(client, SYSTEM_NAMESPACE),
+            identity: holder.identity.clone(),
+            lead: lead.clone(),
+        }
+    }
+
+    /// True: another leads, and this controller's lead is lost from now on.
+    pub(crate) async fn is_deposed(&self) -> bool {
+        match self.api.get_opt(LEASE).await {
+            Ok(lease) if is_held(lease.as_ref(), &self.identity, self.lead.epoch) => false,
+            Ok(_) => {
+                tracing::error!("another controller leads: this one ends");
+                self.lead.lost.cancel();
+                true
+            }
+            // Whether it is renewed in time is looked after elsewhere.
+            Err(error) => {
+                tracing::warn!(%error, "the leader's lease cannot be read");
+                self.lead.lost.is_cancelled()
+            }
+        }
+    }
+}
+
+/// The Lease names this holder, and no acquisition after ours.
+fn is_held(lease: Option<&Lease>, identity: &str, epoch: u64) -> bool {
+    let spec = lease.and_then(|lease| lease.spec.as_ref());
+    spec.is_some_and(|spec| {
+        let transitions = spec.lease_transitions.and_then(|count| u64::try_from(count).ok());
+        spec.holder_identity.as_deref() == Some(identity) && transitions == Some(epoch)
+    })
+}
+
 fn won(written: Result<Lease, kube::Error>) -> Result<Option<Lead>, kube::Error> {
     match written {
         Ok(lease) => {
@@ -238,5 +281,26 @@ fn won(written: Result<Lease, kube::Error>) -> Result<Option<Lead>, kube::Error>
         // Another was faster.
         Err(kube::Error::Api(error)) if error.code == 409 => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_lease_says_that_another_leads() {
+        let lease = |holder: &str, transitions| Lease {
+            spec: Some(LeaseSpec {
+                holder_identity: Some(holder.to_owned()),
+                lease_transitions: Some(transitions),
+                ..LeaseSpec::default()
+            }),
+            ..Lease::default()
+        };
+        assert!(is_held(Some(&lease("me", 3)), "me", 3));
+        assert!(!is_held(Some(&lease("other", 3)), "me", 3));
+        assert!(!is_held(Some(&lease("me", 4)), "me", 3), "the same folder's next life");
+        assert!(!is_held(Some(&lease("", 3)), "me", 3) && !is_held(None, "me", 3));
     }
 }

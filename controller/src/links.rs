@@ -11,6 +11,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use far_core::status::Stage;
 use far_proto::node::{EndReason, WatchEventsRequest};
+use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Status,
@@ -22,12 +23,16 @@ use crate::{
     ca,
     calls::{self, Blade, CallError},
     convert,
+    events::Events,
+    leader::Doubts,
     world::World,
 };
 
 /// A silent blade is asked whether it lives after this long, and has this long to answer.
 const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(10));
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// A blade that speaks of a controller that does not lead is left alone for this long.
+const DISTRUST: Duration = Duration::from_secs(60);
 
 /// Who the controller is towards blades.
 #[derive(Clone)]
@@ -43,8 +48,8 @@ pub(crate) struct Links {
     pub(crate) world: Arc<World>,
     pub(crate) credentials: Arc<Credentials>,
     pub(crate) epoch: u64,
-    /// Cancelled when a blade knows a newer controller.
-    pub(crate) deposed: CancellationToken,
+    pub(crate) doubts: Arc<Doubts>,
+    pub(crate) events: Arc<Events>,
     /// Cancelled once the list of agents is complete: before that nothing can be called an orphan.
     pub(crate) agents_known: CancellationToken,
     /// Between two looks for attempts that no agent owns.
@@ -61,7 +66,7 @@ impl Links {
                 return;
             }
         };
-        self.world.set_channel(&blade, channel.clone());
+        let distrusted = self.world.set_channel(&blade, channel.clone());
         let mut backoff = Backoff::default();
         loop {
             let synced = CancellationToken::new();
@@ -70,16 +75,27 @@ impl Links {
                 () = stop.cancelled() => return,
                 ended = self.follow(&blade, channel.clone(), &synced) => ended,
                 () = self.sweep(&blade, channel.clone(), synced.clone()) => continue,
+                () = distrusted.notified() => Status::failed_precondition("as its answers to calls say"),
             };
             self.world.unsynced(&blade);
             if ended.code() == Code::FailedPrecondition {
-                tracing::error!(
-                    blade,
-                    message = ended.message(),
-                    "a blade knows a newer controller: this one ends"
+                if self.doubts.is_deposed().await {
+                    return;
+                }
+                let note = format!(
+                    "the blade claims that another controller leads, which is not so: it is left alone for {} s ({})",
+                    DISTRUST.as_secs(),
+                    ended.message()
                 );
-                self.deposed.cancel();
-                return;
+                tracing::error!(blade, note, "a blade is not trusted");
+                self.events.warn_of_blade(&blade, "NotTrusted", &note).await;
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(DISTRUST) => {}
+                }
+                // Of calls that were under way: they count for the time that is over.
+                let _ = distrusted.notified().now_or_never();
+                continue;
             }
             if synced.is_cancelled() {
                 backoff.succeeded();

@@ -24,6 +24,7 @@ use crate::{
     calls::{Blade, CallError},
     convert,
     events::Events,
+    leader::Doubts,
     status_writer,
     world::World,
 };
@@ -43,10 +44,11 @@ const RETRY: Duration = Duration::from_secs(1);
 pub(crate) struct Context {
     pub(crate) client: Client,
     pub(crate) world: Arc<World>,
-    pub(crate) events: Events,
+    pub(crate) events: Arc<Events>,
     pub(crate) epoch: u64,
     /// Cancelled when another controller leads.
     pub(crate) deposed: CancellationToken,
+    pub(crate) doubts: Arc<Doubts>,
     /// Cancelled once agents and blades are listed completely: before that, reservations are not complete either.
     pub(crate) agents_known: CancellationToken,
     pub(crate) nodes_known: CancellationToken,
@@ -104,9 +106,21 @@ pub(crate) async fn reconcile(agent: Arc<FarAgent>, context: Arc<Context>) -> Re
         agent: context.world.newest(agent),
     };
     for _ in 0..MAX_STEPS {
-        match pass.step().await? {
-            Next::Again => {}
-            Next::Rest(action) => return Ok(action),
+        match pass.step().await {
+            Ok(Next::Again) => {}
+            Ok(Next::Rest(action)) => return Ok(action),
+            Err(error) => {
+                if let ReconcileError::Blade {
+                    blade,
+                    source: CallError::Deposed(_),
+                    ..
+                } = &error
+                    && !context.doubts.is_deposed().await
+                {
+                    context.world.distrust(blade);
+                }
+                return Err(error);
+            }
         }
     }
     Err(ReconcileError::Restless { agent: pass.name() })
@@ -167,7 +181,8 @@ impl Pass<'_> {
             Decision::DeclareForgotten => self.declare_forgotten(&status).await,
             Decision::DeclareLost => {
                 let blade = status.node.clone().unwrap_or_default();
-                let message = format!("blade {blade} is not heard of or cannot be called; the agent may still run there");
+                let message =
+                    format!("blade {blade} is not heard of or cannot be called; the agent may still run there");
                 self.learn(&status, &Fact::BladeLost { message: &message }).await?;
                 Ok(Next::Rest(Action::requeue(RECHECK)))
             }
@@ -474,9 +489,6 @@ impl Pass<'_> {
     }
 
     fn blade_error(&self, operation: &'static str, blade: &str, source: CallError) -> ReconcileError {
-        if matches!(source, CallError::Deposed(_)) {
-            self.context.deposed.cancel();
-        }
         ReconcileError::Blade {
             operation,
             agent: self.name(),

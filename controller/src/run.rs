@@ -28,7 +28,7 @@ use crate::{
     ca::Ca,
     events::Events,
     files, install,
-    leader::{Elector, Holder, Lead},
+    leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
     nodes::Nodes,
     reconcile::{self, Context},
@@ -90,7 +90,8 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     let mut tasks = JoinSet::new();
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
     let address = serve(&config, &ca, &registry, &lead, &stop, &mut tasks).await?;
-    work(&config, client, &ca, &registry, &lead, &stop, &mut tasks)?;
+    let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
+    work(&config, client, &ca, &registry, &doubts, &lead, &stop, &mut tasks)?;
     let token = match config.issue_join_token_file.clone() {
         Some(path) => {
             let keeper = Keeper {
@@ -228,11 +229,13 @@ async fn serve(
     Ok(address)
 }
 
+#[allow(clippy::too_many_arguments)] // Each is a part that exists once.
 fn work(
     config: &Config,
     client: Client,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    doubts: &Arc<Doubts>,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
@@ -249,11 +252,13 @@ fn work(
         certificate_pem: own.certificate_pem,
         key_pem: own.key_pem,
     });
+    let events = Arc::new(Events::new(client.clone()));
     let links = Links {
         world: world.clone(),
         credentials,
         epoch: lead.epoch,
-        deposed: lead.lost.clone(),
+        doubts: doubts.clone(),
+        events: events.clone(),
         agents_known: agents_known.clone(),
         sweep_every: config.sweep_every,
     };
@@ -277,9 +282,10 @@ fn work(
     let context = Arc::new(Context {
         client: client.clone(),
         world: world.clone(),
-        events: Events::new(client.clone()),
+        events,
         epoch: lead.epoch,
         deposed: lead.lost.clone(),
+        doubts: doubts.clone(),
         agents_known: agents_known.clone(),
         nodes_known,
     });

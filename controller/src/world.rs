@@ -16,6 +16,7 @@ use far_core::{
     status::{Report, Status},
 };
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
+use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use crate::{convert, dirty::Dirty};
@@ -53,6 +54,8 @@ struct Node {
     lost_since: Option<Instant>,
     /// As the API tells of it.
     blade: Blade,
+    /// Told when the blade's link has to begin anew, after a while.
+    distrusted: Arc<Notify>,
 }
 
 impl Node {
@@ -260,6 +263,7 @@ impl World {
             ready,
             lost_since: None,
             blade: Blade::default(),
+            distrusted: Arc::default(),
         });
         let turned = entry.ready != ready;
         entry.ready = ready;
@@ -335,11 +339,22 @@ impl World {
         self.lock().nodes.get(blade)?.channel.clone()
     }
 
-    pub(crate) fn set_channel(&self, blade: &str, channel: Channel) {
-        if let Some(node) = self.lock().nodes.get_mut(blade) {
+    /// Answers what tells the link that its blade is distrusted.
+    pub(crate) fn set_channel(&self, blade: &str, channel: Channel) -> Arc<Notify> {
+        let distrusted = self.lock().nodes.get_mut(blade).map(|node| {
             node.channel = Some(channel);
-        }
+            node.distrusted.clone()
+        });
         self.unsynced(blade);
+        distrusted.unwrap_or_default()
+    }
+
+    /// The blade answers what cannot be: it is left alone until its link was made anew.
+    pub(crate) fn distrust(&self, blade: &str) {
+        self.unsynced(blade);
+        if let Some(node) = self.lock().nodes.get(blade) {
+            node.distrusted.notify_one();
+        }
     }
 
     /// The blade told everything it knows; `told` are the uids of it. What it no longer speaks of is forgotten.

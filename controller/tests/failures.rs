@@ -289,3 +289,23 @@ async fn what_a_blade_keeps_of_a_refused_attempt_is_forgotten_and_the_agent_runs
     cluster.wait_phase("moved", "Running").await;
     assert_eq!(free.fake.phase(&uid), Some(Phase::Running));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_blade_that_claims_to_know_a_newer_controller_ends_nothing() {
+    let cluster = Cluster::start().await;
+    let liar = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    let honest = FakeBlade::start(&cluster, "b2", capacity(8000, 8192)).await;
+    liar.fake.claims_newer_epoch.store(true, Ordering::SeqCst);
+    let held = json!({"image": "a", "nodeName": "b1"});
+    cluster.create("held", held).await;
+    until("the claim", async || (liar.fake.deposed() > 0).then_some(())).await;
+    let uid = cluster
+        .create("served", json!({"image": "a", "nodeName": "b2"}))
+        .await
+        .uid()
+        .unwrap();
+    until("the honest blade to have it", async || honest.fake.phase(&uid)).await;
+    honest.fake.ended(&uid, EndReason::Completed, Some(0), "");
+    cluster.wait_phase("served", "Completed").await;
+    assert_eq!(honest.fake.epoch(), cluster.epoch, "the same controller leads");
+}
