@@ -45,15 +45,25 @@ fn question(name: &str) -> String {
 
 #[test]
 fn a_guest_reaches_what_the_proxy_resolved_and_nothing_else() {
-    if lacks("a_guest_reaches_what_the_proxy_resolved_and_nothing_else", &["ip", "nft"]) {
+    if lacks(
+        "a_guest_reaches_what_the_proxy_resolved_and_nothing_else",
+        &["ip", "nft"],
+    ) {
         return;
     }
     let blade = Blade::new(Options::default());
     let world = "203.0.113.0/24".parse().unwrap();
-    let rule = |to| Rule { to, protocol: Protocol::Udp, ports: ECHO..=ECHO };
+    let rule = |to| Rule {
+        to,
+        protocol: Protocol::Udp,
+        ports: ECHO..=ECHO,
+    };
     let policy = Policy {
         mode: Mode::Restricted,
-        egress: vec![rule(Destination::Cidr(world)), rule(Destination::Name("*.example.com".parse().unwrap()))],
+        egress: vec![
+            rule(Destination::Cidr(world)),
+            rule(Destination::Name("*.example.com".parse().unwrap())),
+        ],
         services: vec![Service::DNS],
         ..Policy::default()
     };
@@ -82,7 +92,9 @@ fn a_guest_reaches_what_the_proxy_resolved_and_nothing_else() {
     let refused = ask(&mut tap, "evil.example.org.");
     assert_eq!(refused.metadata.response_code, ResponseCode::Refused);
     tap.send(&from.udp(ELSEWHERE, ECHO, "before"));
-    wait_for("the denial", || (network.counters(place.slot).unwrap().denied.packets == 1).then_some(()));
+    wait_for("the denial", || {
+        (network.counters(place.slot).unwrap().denied.packets == 1).then_some(())
+    });
     let told = ask(&mut tap, "api.example.com.");
     let addresses: Vec<_> = told.answers.iter().map(|record| record.data.clone()).collect();
     assert_eq!(addresses, [RData::A(A(ELSEWHERE))], "the metadata address is taken out");
@@ -90,7 +102,9 @@ fn a_guest_reaches_what_the_proxy_resolved_and_nothing_else() {
     tap.send(&from.udp(ELSEWHERE, ECHO, "after"));
     assert_eq!(tap.receive_echo("the echo"), "192.0.2.2 after");
     tap.send(&from.udp(METADATA, ECHO, "metadata"));
-    wait_for("the denial", || (network.counters(place.slot).unwrap().denied.packets == 2).then_some(()));
+    wait_for("the denial", || {
+        (network.counters(place.slot).unwrap().denied.packets == 2).then_some(())
+    });
     tap.send(&from.udp(WORLD, ECHO, "listed"));
     assert_eq!(tap.receive_echo("the echo"), "192.0.2.2 listed");
     runtime.shutdown_background();
