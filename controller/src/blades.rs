@@ -50,13 +50,7 @@ impl BladeApi {
         let issued = self
             .ca
             .sign_blade(blade, csr_pem, self.certificate_life)
-            .map_err(|error| match error {
-                CaError::Request(text) => Status::permission_denied(text),
-                CaError::File { .. } | CaError::Make { .. } => {
-                    tracing::error!(blade, %error, "a certificate was not made");
-                    Status::internal("the certificate was not made")
-                }
-            })?;
+            .map_err(|error| request_status(blade, error))?;
         self.revocations.note(blade, &issued.serial).map_err(|error| {
             tracing::error!(blade, %error, "a certificate's serial was not kept");
             Status::internal("the certificate was not kept")
@@ -76,17 +70,11 @@ impl Blades for BladeApi {
         // The token first: nobody without one learns how requests are judged.
         // A name that is taken is worth more than an open token: whoever has one must not become a blade that is there.
         let must_be_bound = self.revocations.knows(&blade);
-        self.tokens
-            .take(&token, &blade, must_be_bound)
-            .map_err(|error| match error {
-                TokenError::Refused | TokenError::OtherBlade | TokenError::NotBound(_) => {
-                    Status::unauthenticated(error.to_string())
-                }
-                TokenError::File { .. } | TokenError::TooMany => {
-                    tracing::error!(blade, %error, "a join token could not be checked");
-                    Status::unavailable("the token cannot be checked now")
-                }
-            })?;
+        let refused = |error| token_status(&blade, error);
+        self.tokens.check(&token, &blade, must_be_bound).map_err(refused)?;
+        // Used up only by a request that will be signed.
+        ca::check_request(&blade, &csr_pem).map_err(|error| request_status(&blade, error))?;
+        self.tokens.take(&token, &blade, must_be_bound).map_err(refused)?;
         let issued = self.sign(&blade, &csr_pem)?;
         Ok(Response::new(JoinResponse {
             certificate_pem: issued.certificate_pem,
@@ -121,6 +109,28 @@ impl Blades for BladeApi {
             interval_ms: self.heartbeat_ms,
             epoch: self.epoch,
         }))
+    }
+}
+
+fn request_status(blade: &str, error: CaError) -> Status {
+    match error {
+        CaError::Request(text) => Status::permission_denied(text),
+        CaError::File { .. } | CaError::Make { .. } => {
+            tracing::error!(blade, %error, "a certificate was not made");
+            Status::internal("the certificate was not made")
+        }
+    }
+}
+
+fn token_status(blade: &str, error: TokenError) -> Status {
+    match error {
+        TokenError::Refused | TokenError::OtherBlade | TokenError::NotBound(_) => {
+            Status::unauthenticated(error.to_string())
+        }
+        TokenError::File { .. } | TokenError::TooMany => {
+            tracing::error!(blade, %error, "a join token could not be checked");
+            Status::unavailable("the token cannot be checked now")
+        }
     }
 }
 

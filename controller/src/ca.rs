@@ -167,27 +167,9 @@ impl Ca {
         })
     }
 
-    /// Signs the key of a request as `blade`. The request's signature and names are checked, and nothing of it but the
-    /// key is taken over.
+    /// Signs the key of a request as `blade`. Nothing of the request but the key is taken over.
     pub(crate) fn sign_blade(&self, blade: &str, csr_pem: &str, life: Duration) -> Result<Issued, CaError> {
-        if csr_pem.len() > MAX_CSR {
-            return Err(CaError::Request(format!("it is longer than {MAX_CSR} bytes")));
-        }
-        let mut request = CertificateSigningRequestParams::from_pem(csr_pem)
-            .map_err(|error| CaError::Request(format!("it cannot be read ({error})")))?;
-        let full = format!("{blade}{BLADE_ZONE}");
-        let named: Vec<String> = request.params.subject_alt_names.iter().map(san_text).collect();
-        if named != [full.clone()] {
-            return Err(CaError::Request(format!("it must name exactly {full}, not {named:?}")));
-        }
-        if let Some(common) = request.params.distinguished_name.get(&DnType::CommonName) {
-            let common = dn_text(common);
-            if common != blade && common != full {
-                return Err(CaError::Request(format!(
-                    "its common name must be {blade}, not {common:?}"
-                )));
-            }
-        }
+        let mut request = check_request(blade, csr_pem)?;
         let alternative_names = std::mem::take(&mut request.params.subject_alt_names);
         let mut params = CertificateParams::default();
         params.subject_alt_names = alternative_names;
@@ -209,6 +191,29 @@ impl Ca {
             serial: hex::encode(serial),
         })
     }
+}
+
+/// Reads a request for `blade`: its signature and names are checked.
+pub(crate) fn check_request(blade: &str, csr_pem: &str) -> Result<CertificateSigningRequestParams, CaError> {
+    if csr_pem.len() > MAX_CSR {
+        return Err(CaError::Request(format!("it is longer than {MAX_CSR} bytes")));
+    }
+    let request = CertificateSigningRequestParams::from_pem(csr_pem)
+        .map_err(|error| CaError::Request(format!("it cannot be read ({error})")))?;
+    let full = format!("{blade}{BLADE_ZONE}");
+    let named: Vec<String> = request.params.subject_alt_names.iter().map(san_text).collect();
+    if named != [full.clone()] {
+        return Err(CaError::Request(format!("it must name exactly {full}, not {named:?}")));
+    }
+    if let Some(common) = request.params.distinguished_name.get(&DnType::CommonName) {
+        let common = dn_text(common);
+        if common != blade && common != full {
+            return Err(CaError::Request(format!(
+                "its common name must be {blade}, not {common:?}"
+            )));
+        }
+    }
+    Ok(request)
 }
 
 /// The server's name of a blade.

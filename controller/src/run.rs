@@ -40,6 +40,9 @@ use crate::{
 /// What still runs this long after the order to end is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
 
+/// Between two looks whether the join token in the file still works.
+const TOKEN_LOOK: Duration = Duration::from_secs(2);
+
 /// A controller that leads and serves.
 #[derive(Debug)]
 pub struct Running {
@@ -362,12 +365,18 @@ fn issue(keeper: &Keeper, path: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// A token lives for an hour at most; a blade may need one at any time.
+/// A token lives for an hour at most and works once; a blade may need one at any time. Asked by the clock that tokens end
+/// by: a machine that slept has other ideas of how long it waited.
 async fn reissue(keeper: Keeper, path: std::path::PathBuf, stop: CancellationToken) -> Result<()> {
     loop {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(tokens::MAX_LIFE / 2) => {}
+            () = tokio::time::sleep(TOKEN_LOOK) => {}
+        }
+        let current = keeper.current.lock().map(|token| token.clone()).unwrap_or_default();
+        let left = keeper.tokens.left(&current);
+        if left.is_some_and(|left| left >= tokens::MAX_LIFE / 2) {
+            continue;
         }
         if let Err(error) = issue(&keeper, &path) {
             tracing::warn!(error = %format!("{error:#}"), "the join token was not made anew");

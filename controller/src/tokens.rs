@@ -143,6 +143,12 @@ impl Tokens {
         }
     }
 
+    /// How long a token can still be used, by the same clock that decides about it; `None`: not at all.
+    pub(crate) fn left(&self, token: &str) -> Option<Duration> {
+        let kept: Kept = serde_json::from_slice(&fs::read(self.path(token)).ok()?).ok()?;
+        kept.expires.checked_sub(now()).map(Duration::from_secs)
+    }
+
     /// Withdraws a token that was not used.
     pub(crate) fn withdraw(&self, token: &str) {
         // Already used or swept: then it is gone, which is what was wanted.
@@ -281,6 +287,22 @@ mod tests {
             );
         }
         assert!(!path.exists(), "an expired token is removed when it is shown");
+    }
+
+    #[test]
+    fn what_is_left_of_a_token_ends_with_its_use_and_its_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = Tokens::new(folder.path());
+        let token = tokens.create(None, MAX_LIFE).unwrap();
+        assert!(tokens.left(&token).unwrap() > MAX_LIFE / 2);
+        tokens.take(&token, "b1", false).unwrap();
+        assert_eq!(tokens.left(&token), None, "used");
+        let slept = serde_json::to_vec(&Kept {
+            expires: now() - 1,
+            blade: None,
+        });
+        fs::write(tokens.path(&token), slept.unwrap()).unwrap();
+        assert_eq!(tokens.left(&token), None, "over, whatever the machine did meanwhile");
     }
 
     #[test]

@@ -197,3 +197,26 @@ async fn a_blade_that_has_joined_is_replaced_only_with_a_token_bound_to_it() {
         .await
         .unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_file_holds_a_fresh_join_token_again_as_soon_as_one_was_used() {
+    let cluster = Cluster::start().await;
+    let used = std::fs::read_to_string(cluster.token_file()).unwrap();
+    join(&cluster, used.trim(), "b1", "b1").await.unwrap();
+    let fresh = until("another token", async || {
+        std::fs::read_to_string(cluster.token_file())
+            .ok()
+            .filter(|token| *token != used && !token.is_empty())
+    })
+    .await;
+    join(&cluster, fresh.trim(), "b2", "b2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_refused_leaves_its_join_token_unused() {
+    let cluster = Cluster::start().await;
+    let token = cluster.new_token(Some("b1"));
+    let refused = join(&cluster, &token, "b1", "b2").await.err().unwrap();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    join(&cluster, &token, "b1", "b1").await.unwrap();
+}
