@@ -71,14 +71,18 @@ impl Spool {
     }
 
     fn count_entry(&mut self, item: &Item, limits: &Limits) -> Result<(), ImageError> {
-        self.entries += 1;
+        self.count_names(1, (item.path.len() + item.link.len()) as u64, limits)
+    }
+
+    fn count_names(&mut self, names: usize, bytes: u64, limits: &Limits) -> Result<(), ImageError> {
+        self.entries += names;
         if self.entries > limits.entries {
             return Err(ImageError::TooLarge {
                 what: "the number of entries",
                 limit: limits.entries as u64,
             });
         }
-        self.names += (item.path.len() + item.link.len()) as u64;
+        self.names += bytes;
         if self.names > limits.name_bytes {
             return Err(ImageError::TooLarge {
                 what: "the length of all names together",
@@ -113,7 +117,10 @@ pub(crate) fn merge(layer: &Layer, tree: &mut Tree, spool: &mut Spool, limits: &
             Fault::Entry(why) => refuse(&item.path, why),
             Fault::Stream(error) => broken(error),
             Fault::Image(error) => error,
-        })
+        })?;
+        // A folder that an entry implies costs what one with an entry of its own does.
+        let implied = tree.take_implied();
+        spool.count_names(implied.folders, implied.path_bytes, limits)
     });
     // What stands behind the tar's end belongs to the layer's digest, and may be a bomb as well.
     let merged = merged.and_then(|()| io::copy(&mut stream, &mut io::sink()).map_err(Stop::Stream));

@@ -8,11 +8,11 @@ pub struct Limits {
     /// Bytes that all layers unpack to, tar headers included, and once more for each hard link (the root file system holds
     /// a copy).
     pub content_bytes: u64,
-    /// Entries of all layers together.
+    /// Entries of all layers together, and folders that have none but something below them.
     pub entries: usize,
     /// Bytes of one path inside the image (`PATH_MAX` less the final NUL, limits.h).
     pub path_bytes: usize,
-    /// Bytes of all names and link targets of all layers together: what the tree costs in memory.
+    /// Bytes of all paths and link targets of what `entries` counts: what the tree costs in memory.
     pub name_bytes: u64,
     /// Parts of one path.
     pub path_depth: usize,

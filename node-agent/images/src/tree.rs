@@ -36,6 +36,20 @@ pub(crate) struct Node {
     pub(crate) kind: Kind,
     /// The layer that brought it, for whiteouts, which touch lower layers only.
     layer: usize,
+    /// The last layer that hid everything of lower layers inside: hiding once more finds nothing, and must not search.
+    cleared: usize,
+}
+
+impl Node {
+    /// New in `layer`: nothing of a lower layer is inside.
+    fn new(meta: Meta, kind: Kind, layer: usize) -> Self {
+        Self {
+            meta,
+            kind,
+            layer,
+            cleared: layer,
+        }
+    }
 }
 
 /// A folder that no layer described: what a tar may leave out.
@@ -45,28 +59,39 @@ const IMPLIED: Meta = Meta {
     gid: 0,
 };
 
+/// Folders that were made because something lies below them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Implied {
+    pub(crate) folders: usize,
+    /// Bytes of their paths together.
+    pub(crate) path_bytes: u64,
+}
+
 /// An image's files.
 #[derive(Debug)]
 pub(crate) struct Tree {
     root: Node,
     layer: usize,
+    implied: Implied,
 }
 
 impl Tree {
     pub(crate) fn new() -> Self {
         Self {
-            root: Node {
-                meta: IMPLIED,
-                kind: Kind::Folder(BTreeMap::new()),
-                layer: 0,
-            },
+            root: Node::new(IMPLIED, Kind::Folder(BTreeMap::new()), 0),
             layer: 0,
+            implied: Implied::default(),
         }
     }
 
     /// Entries added from now on belong to the next layer.
     pub(crate) fn next_layer(&mut self) {
         self.layer += 1;
+    }
+
+    /// What was implied since the last call: one entry of a layer may imply as many folders as its path has parts.
+    pub(crate) fn take_implied(&mut self) -> Implied {
+        std::mem::take(&mut self.implied)
     }
 
     /// Puts an entry at `path` (its parts, without "." and ".."). An empty path is the root folder itself.
@@ -91,6 +116,7 @@ impl Tree {
                     meta: old,
                     kind: Kind::Folder(_),
                     layer: of,
+                    ..
                 }),
                 Kind::Folder(_),
             ) => {
@@ -98,7 +124,7 @@ impl Tree {
                 *of = layer;
             }
             (_, kind) => {
-                folder.insert(name.clone(), Node { meta, kind, layer });
+                folder.insert(name.clone(), Node::new(meta, kind, layer));
             }
         }
         Ok(())
@@ -108,15 +134,18 @@ impl Tree {
     /// replace; a symlink is not followed and not replaced.
     fn folder(&mut self, path: &[Vec<u8>]) -> Result<&mut BTreeMap<Vec<u8>, Node>, &'static str> {
         let layer = self.layer;
+        let implied = &mut self.implied;
         let mut node = &mut self.root;
+        let mut path_bytes = 0;
         for part in path {
             let Kind::Folder(children) = &mut node.kind else {
                 return Err("lies below something that is not a folder");
             };
-            node = children.entry(part.clone()).or_insert_with(|| Node {
-                meta: IMPLIED,
-                kind: Kind::Folder(BTreeMap::new()),
-                layer,
+            path_bytes += part.len() as u64 + 1;
+            node = children.entry(part.clone()).or_insert_with(|| {
+                implied.folders += 1;
+                implied.path_bytes += path_bytes;
+                Node::new(IMPLIED, Kind::Folder(BTreeMap::new()), layer)
             });
             match node.kind {
                 Kind::Folder(_) => {}
@@ -136,7 +165,11 @@ impl Tree {
         let Some((name, parents)) = path.split_last() else {
             return;
         };
-        let Some(children) = self.existing_folder(parents) else {
+        let Some(Node {
+            kind: Kind::Folder(children),
+            ..
+        }) = self.existing(parents)
+        else {
             return;
         };
         if children.get_mut(name).is_some_and(|node| !keep_layer(node, layer)) {
@@ -147,23 +180,16 @@ impl Tree {
     /// Hides everything lower layers put into the folder at `path`.
     pub(crate) fn opaque(&mut self, path: &[Vec<u8>]) {
         let layer = self.layer;
-        if let Some(children) = self.existing_folder(path) {
-            children.retain(|_, node| keep_layer(node, layer));
+        if let Some(node) = self.existing(path) {
+            clear(node, layer);
         }
     }
 
-    fn existing_folder(&mut self, path: &[Vec<u8>]) -> Option<&mut BTreeMap<Vec<u8>, Node>> {
-        let mut node = &mut self.root;
-        for part in path {
-            match &mut node.kind {
-                Kind::Folder(children) => node = children.get_mut(part)?,
-                Kind::File(_) | Kind::Symlink(_) => return None,
-            }
-        }
-        match &mut node.kind {
-            Kind::Folder(children) => Some(children),
+    fn existing(&mut self, path: &[Vec<u8>]) -> Option<&mut Node> {
+        path.iter().try_fold(&mut self.root, |node, part| match &mut node.kind {
+            Kind::Folder(children) => children.get_mut(part),
             Kind::File(_) | Kind::Symlink(_) => None,
-        }
+        })
     }
 
     /// What is at `path`, without following symlinks.
@@ -182,11 +208,19 @@ impl Tree {
 /// Removes from `node` what lower layers brought; false when nothing is left of it. A lower layer's folder stays while
 /// this layer has something in it: the result must not depend on where in the layer the whiteout stands.
 fn keep_layer(node: &mut Node, layer: usize) -> bool {
-    if let Kind::Folder(children) = &mut node.kind {
+    clear(node, layer);
+    let has_something = matches!(&node.kind, Kind::Folder(children) if !children.is_empty());
+    node.layer >= layer || has_something
+}
+
+/// Removes what lower layers brought into a folder, once for each layer.
+fn clear(node: &mut Node, layer: usize) {
+    if node.cleared < layer
+        && let Kind::Folder(children) = &mut node.kind
+    {
         children.retain(|_, child| keep_layer(child, layer));
-        return node.layer >= layer || !children.is_empty();
+        node.cleared = layer;
     }
-    node.layer >= layer
 }
 
 #[cfg(test)]
@@ -308,6 +342,38 @@ mod tests {
         .unwrap();
         assert_eq!(names(&tree), ["/a", "/a/b"]);
         assert_eq!(tree.get(&path("/a")).unwrap().meta.uid, 5);
+    }
+
+    #[test]
+    fn hiding_a_folder_a_second_time_in_a_layer_does_not_search_it() {
+        let mut tree = Tree::new();
+        tree.put(&path("/d/sub/old"), META, file(1)).unwrap();
+        tree.next_layer();
+        tree.opaque(&path("/d"));
+        // What no layer can do, to see whether it is looked for: something of a lower layer comes back.
+        tree.layer = 0;
+        tree.put(&path("/d/stale"), META, file(2)).unwrap();
+        tree.layer = 1;
+        tree.opaque(&path("/d"));
+        tree.put(&path("/d/new"), META, file(3)).unwrap();
+        tree.whiteout(&path("/d"));
+        assert_eq!(names(&tree), ["/d", "/d/new", "/d/stale"]);
+        tree.next_layer();
+        tree.opaque(&path("/d"));
+        assert_eq!(names(&tree), ["/d"], "the next layer hides anew");
+    }
+
+    #[test]
+    fn folders_that_a_path_implies_are_counted_once_with_their_paths() {
+        let mut tree = Tree::new();
+        tree.put(&path("/a/bc/f"), META, file(1)).unwrap();
+        tree.put(&path("/a/bc/g"), META, file(2)).unwrap();
+        let wanted = Implied {
+            folders: 2,
+            path_bytes: 2 + 5,
+        };
+        assert_eq!(tree.take_implied(), wanted);
+        assert_eq!(tree.take_implied(), Implied::default());
     }
 
     #[test]

@@ -118,6 +118,7 @@ fn every_limit_stops_an_image() {
     let links: Vec<Entry> = std::iter::once(file("big", vec![1; 300 << 10]))
         .chain((0..40).map(|n| hard_link(&format!("l{n}"), "big")))
         .collect();
+    let deep: Vec<Entry> = (0..5).map(|n| file(&format!("{n}{}/f", "/d".repeat(20)), "")).collect();
     let nested = [file("ends here", "x")];
     let mut after_the_end = tar_of(&nested);
     after_the_end.resize(8 << 20, 0);
@@ -138,6 +139,7 @@ fn every_limit_stops_an_image() {
             "entries of two layers",
             vec![plain(tar_of(&half)), plain(tar_of(&half))],
         ),
+        ("folders that nobody described", vec![plain(tar_of(&deep))]),
         ("hard links to a large file", vec![plain(tar_of(&links))]),
         ("padding behind the end", vec![gzipped(&after_the_end)]),
         ("the archive", vec![plain(vec![7; 5 << 20])]),
