@@ -76,6 +76,10 @@ impl Blades for BladeApi {
         ca::check_request(&blade, &csr_pem).map_err(|error| request_status(&blade, error))?;
         self.tokens.take(&token, &blade, must_be_bound).map_err(refused)?;
         let issued = self.sign(&blade, &csr_pem)?;
+        self.revocations.welcome(&blade).map_err(|error| {
+            tracing::error!(blade, %error, "the mark of a revoked blade was not removed");
+            Status::internal("the blade is still marked as revoked")
+        })?;
         Ok(Response::new(JoinResponse {
             certificate_pem: issued.certificate_pem,
             ca_pem: self.ca.certificate_pem().to_owned(),

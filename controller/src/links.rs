@@ -25,6 +25,7 @@ use crate::{
     convert,
     events::Events,
     leader::Doubts,
+    tokens::Revocations,
     world::World,
 };
 
@@ -33,6 +34,8 @@ const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// A blade that speaks of a controller that does not lead is left alone for this long.
 const DISTRUST: Duration = Duration::from_secs(60);
+/// Between two looks whether the blade was revoked.
+const REVOKED_LOOK: Duration = Duration::from_secs(2);
 
 /// Who the controller is towards blades.
 #[derive(Clone)]
@@ -49,6 +52,7 @@ pub(crate) struct Links {
     pub(crate) credentials: Arc<Credentials>,
     pub(crate) epoch: u64,
     pub(crate) doubts: Arc<Doubts>,
+    pub(crate) revocations: Revocations,
     pub(crate) events: Arc<Events>,
     /// Cancelled once the list of agents is complete: before that nothing can be called an orphan.
     pub(crate) agents_known: CancellationToken,
@@ -57,27 +61,59 @@ pub(crate) struct Links {
 }
 
 impl Links {
-    /// Keeps the blade's events coming in until cancelled.
+    /// Keeps the blade's events coming in until cancelled. While the blade is revoked there is no connection to it.
     pub(crate) async fn run(self, blade: String, endpoint: String, stop: CancellationToken) {
-        let channel = match self.channel(&blade, &endpoint) {
-            Ok(channel) => channel,
-            Err(error) => {
-                tracing::warn!(blade, endpoint, %error, "the blade's endpoint cannot be used");
+        loop {
+            tokio::select! {
+                biased;
+                // Another link may have taken over already: its state is not touched.
+                () = stop.cancelled() => return,
+                () = self.until_revoked(&blade, false) => {}
+            }
+            let channel = match self.channel(&blade, &endpoint) {
+                Ok(channel) => channel,
+                Err(error) => {
+                    tracing::warn!(blade, endpoint, %error, "the blade's endpoint cannot be used");
+                    return;
+                }
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = self.until_revoked(&blade, true) => {
+                    tracing::warn!(blade, "the blade was revoked: it is not called until it joins again");
+                }
+                () = self.keep(&blade, channel) => return,
+            }
+        }
+    }
+
+    /// Waits until the blade is revoked, or until it is not. The mark is a file: another process may have set it.
+    async fn until_revoked(&self, blade: &str, wanted: bool) {
+        loop {
+            let is_revoked = self.revocations.is_blade_revoked(blade);
+            if is_revoked {
+                self.world.revoked(blade);
+            }
+            if is_revoked == wanted {
                 return;
             }
-        };
-        let distrusted = self.world.set_channel(&blade, channel.clone());
+            tokio::time::sleep(REVOKED_LOOK).await;
+        }
+    }
+
+    /// Opens the event stream again and again; ends only when another controller leads.
+    async fn keep(&self, blade: &str, channel: Channel) {
+        let distrusted = self.world.set_channel(blade, channel.clone());
         let mut backoff = Backoff::default();
         loop {
             let synced = CancellationToken::new();
             let ended = tokio::select! {
-                // Another link may have taken over already: its state is not touched.
-                () = stop.cancelled() => return,
-                ended = self.follow(&blade, channel.clone(), &synced) => ended,
-                () = self.sweep(&blade, channel.clone(), synced.clone()) => continue,
+                ended = self.follow(blade, channel.clone(), &synced) => ended,
+                () = self.sweep(blade, channel.clone(), synced.clone()) => continue,
                 () = distrusted.notified() => Status::failed_precondition("as its answers to calls say"),
             };
-            self.world.unsynced(&blade);
+            self.world.unsynced(blade);
             if ended.code() == Code::FailedPrecondition {
                 if self.doubts.is_deposed().await {
                     return;
@@ -88,11 +124,8 @@ impl Links {
                     ended.message()
                 );
                 tracing::error!(blade, note, "a blade is not trusted");
-                self.events.warn_of_blade(&blade, "NotTrusted", &note).await;
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(DISTRUST) => {}
-                }
+                self.events.warn_of_blade(blade, "NotTrusted", &note).await;
+                tokio::time::sleep(DISTRUST).await;
                 // Of calls that were under way: they count for the time that is over.
                 let _ = distrusted.notified().now_or_never();
                 continue;
@@ -105,10 +138,7 @@ impl Links {
                 error = ended.message(),
                 "the blade's event stream ended: opening it again"
             );
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(backoff.after_failure()) => {}
-            }
+            tokio::time::sleep(backoff.after_failure()).await;
         }
     }
 

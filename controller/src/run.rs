@@ -261,6 +261,7 @@ fn work(
         credentials,
         epoch: lead.epoch,
         doubts: doubts.clone(),
+        revocations: Revocations::new(&config.state_dir),
         events: events.clone(),
         agents_known: agents_known.clone(),
         sweep_every: config.sweep_every,

@@ -207,12 +207,31 @@ impl Revocations {
         files::write_private(&path, (serials[from..].join("\n") + "\n").as_bytes())
     }
 
+    /// Named unlike a serial's mark, as a blade may be called what a serial looks like.
+    fn marker(&self, blade: &str) -> PathBuf {
+        self.folder.join(format!("{blade}.blade-revoked"))
+    }
+
+    /// The blade was revoked and has not joined since: it is not to be called either.
+    pub(crate) fn is_blade_revoked(&self, blade: &str) -> bool {
+        self.marker(blade).exists()
+    }
+
+    /// The blade joined: it is trusted again.
+    pub(crate) fn welcome(&self, blade: &str) -> io::Result<()> {
+        match fs::remove_file(self.marker(blade)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
     /// Whether a blade of this name ever joined.
     pub(crate) fn knows(&self, blade: &str) -> bool {
         self.folder.join(format!("{blade}.serials")).exists()
     }
 
-    /// Refuses every certificate that `blade` has from now on; answers how many those are.
+    /// Refuses every certificate that `blade` has from now on, and calls it no more until it joins again; answers how many
+    /// certificates those are.
     ///
     /// # Errors
     /// When the folder cannot be read or written.
@@ -222,6 +241,7 @@ impl Revocations {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
             Err(error) => return Err(error),
         };
+        files::write_private(&self.marker(blade), b"")?;
         let mut count = 0;
         for serial in serials.lines() {
             files::write_private(&self.folder.join(format!("{serial}.revoked")), b"")?;
@@ -333,6 +353,11 @@ mod tests {
         assert_eq!(revocations.revoke("b").unwrap(), 2);
         revocations.note("b", "03").unwrap();
         assert!(revocations.is_revoked("01") && revocations.is_revoked("02") && !revocations.is_revoked("03"));
+        assert!(revocations.is_blade_revoked("b"), "also as a server");
+        revocations.welcome("b").unwrap();
+        revocations.welcome("b").unwrap();
+        assert!(!revocations.is_blade_revoked("b"));
         assert_eq!(revocations.revoke("nobody").unwrap(), 0);
+        assert!(!revocations.is_blade_revoked("nobody"));
     }
 }

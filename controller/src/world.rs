@@ -54,6 +54,8 @@ struct Node {
     lost_since: Option<Instant>,
     /// As the API tells of it.
     blade: Blade,
+    /// An operator revoked it: no new agents, no calls.
+    revoked: bool,
     /// Told when the blade's link has to begin anew, after a while.
     distrusted: Arc<Notify>,
 }
@@ -263,6 +265,7 @@ impl World {
             ready,
             lost_since: None,
             blade: Blade::default(),
+            revoked: false,
             distrusted: Arc::default(),
         });
         let turned = entry.ready != ready;
@@ -283,7 +286,8 @@ impl World {
     fn offer(&self, inner: &mut Inner, name: &str) {
         let Some(node) = inner.nodes.get(name) else { return };
         let blade = Blade {
-            unreachable: node.unsynced_since.is_some(),
+            unreachable: node.unsynced_since.is_some() && !node.revoked,
+            cordoned: node.revoked || node.blade.cordoned,
             ..node.blade.clone()
         };
         if inner.placer.upsert_blade(name, blade) {
@@ -343,10 +347,20 @@ impl World {
     pub(crate) fn set_channel(&self, blade: &str, channel: Channel) -> Arc<Notify> {
         let distrusted = self.lock().nodes.get_mut(blade).map(|node| {
             node.channel = Some(channel);
+            node.revoked = false;
             node.distrusted.clone()
         });
         self.unsynced(blade);
         distrusted.unwrap_or_default()
+    }
+
+    /// The blade was revoked: as good as cordoned, and not to be called.
+    pub(crate) fn revoked(&self, blade: &str) {
+        if let Some(node) = self.lock().nodes.get_mut(blade) {
+            node.channel = None;
+            node.revoked = true;
+        }
+        self.unsynced(blade);
     }
 
     /// The blade answers what cannot be: it is left alone until its link was made anew.

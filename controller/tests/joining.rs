@@ -220,3 +220,30 @@ async fn a_request_that_is_refused_leaves_its_join_token_unused() {
     assert_eq!(refused.code(), Code::PermissionDenied);
     join(&cluster, &token, "b1", "b1").await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_blade_is_not_called_either_until_it_joins_again() {
+    let cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(4000, 4096)).await;
+    until("the controller to watch it", async || {
+        (blade.fake.watchers() == 1).then_some(())
+    })
+    .await;
+    let revocations = far_controller::tokens::Revocations::new(&cluster.dir.path().join("controller"));
+    assert_eq!(revocations.revoke("b1").unwrap(), 1);
+    until("the controller to leave it", async || {
+        (blade.fake.watchers() == 0).then_some(())
+    })
+    .await;
+    let uid = cluster.create("later", json!({"image": "a"})).await.uid().unwrap();
+    cluster
+        .wait("later", "to be told why", |status| status["reason"] == "Unschedulable")
+        .await;
+    assert_eq!((blade.fake.watchers(), blade.fake.phase(&uid)), (0, None));
+
+    let (_, fake) = blade.die().await;
+    let token = cluster.new_token(Some("b1"));
+    let credentials = join(&cluster, &token, "b1", "b1").await.unwrap();
+    let again = FakeBlade::resume(&cluster, "b1", capacity(4000, 4096), credentials, fake).await;
+    until("the blade to have it", async || again.fake.phase(&uid)).await;
+}
