@@ -1,11 +1,16 @@
-//! Network of a blade's microVMs: taps in a network namespace of their own.
+//! Network of a blade's microVMs: taps in a network namespace of their own, under default-deny tables.
 //!
-//! The namespace has no uplink and forwards nothing, so a guest reaches the host end of its own tap and nothing else:
-//! default deny by construction. Everything here needs CAP_NET_ADMIN and CAP_SYS_ADMIN; without them a guest has its
-//! vsock device and no NIC, and [`capability`] says so in a sentence for the blade's status.
+//! - [`Network`]: slots, policies, counters and reclaim in one namespace; what a node agent calls.
+//! - [`GuestNetns`] and [`Slot`]: the namespace and its numbers. A namespace alone has no uplink and forwards nothing, so a
+//!   guest reaches the host end of its own tap and nothing else.
+//! - [`Policy`], [`explain`]: what a spec allows, and why a packet passes or not; pure.
+//! - [`dns`]: resolves the names of a policy. [`BridgeWatch`]: taps that others make. [`uplink`]: the way out.
 //!
-//! Invariant: the machine's own network namespace is never changed. All changes are made by a helper thread that has
-//! left it.
+//! Everything here needs CAP_NET_ADMIN and CAP_SYS_ADMIN; without them a guest has its vsock device and no NIC, and
+//! [`capability`] says so in a sentence for the blade's status. ADR 0007 says why it is built this way.
+//!
+//! Invariant: the machine's own network namespace is changed by [`Network::open_here`] and [`Network::connect_uplink`] only;
+//! all else is done by a helper thread that has left it, or over sockets that it opened.
 
 #![deny(unsafe_code)]
 
@@ -24,6 +29,7 @@ mod pool;
 mod slot;
 mod sys;
 mod table;
+pub mod uplink;
 
 pub use bridge::{BridgeWatch, TapEvent};
 pub use capability::{NoNic, capability};

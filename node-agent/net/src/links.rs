@@ -1,10 +1,13 @@
 //! Links, routes and neighbours over rtnetlink.
 
 use crate::{
-    netlink::{CREATE, DUMP, Messages, Protocol, REPLACE, Refused, Socket, attribute, read_text, read_u32},
+    netlink::{
+        Attributes, CREATE, DUMP, EXCLUSIVE, Messages, Protocol, REPLACE, Refused, Socket, attribute, read_text,
+        read_u32,
+    },
     slot::{GATEWAY, GATEWAY6, Place},
 };
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 const UP: u32 = libc::IFF_UP as u32;
 /// `struct ifinfomsg`.
@@ -12,6 +15,8 @@ const LINK_HEADER: usize = 16;
 /// Attributes of `linux/if_link.h` that libc does not name: IFLA_PROTINFO, IFLA_BRPORT_ISOLATED.
 const PORT_INFO: u16 = 12;
 const PORT_ISOLATED: u16 = 33;
+/// VETH_INFO_PEER of `linux/veth.h`.
+const VETH_PEER: u16 = 1;
 /// RTNLGRP_LINK as a bit of the old masks.
 const LINK_EVENTS: u32 = libc::RTMGRP_LINK as u32;
 
@@ -184,6 +189,69 @@ impl Links {
             |_| {},
         );
         add_address(&mut messages, loopback, "lo", IpAddr::V4(GATEWAY), 32);
+        self.socket.do_all(messages, false)
+    }
+
+    /// Makes a pair of links, one here, the other in the namespace of `peers`.
+    pub(crate) fn make_pair(&mut self, here: &str, there: &str, peers: &std::fs::File) -> Result<(), Refused> {
+        use std::os::fd::AsRawFd;
+        let mut peer = Attributes::default();
+        let namespace = peers.as_raw_fd().cast_unsigned();
+        peer.text(libc::IFLA_IFNAME, there)
+            .ne32(libc::IFLA_NET_NS_FD, namespace);
+        let peer = [&link_header(0, 0, 0, 0)[..], peer.bytes()].concat();
+        let mut messages = Messages::default();
+        let what = format!("making the pair {here} and {there}");
+        messages.add(
+            what,
+            libc::RTM_NEWLINK,
+            CREATE | EXCLUSIVE,
+            &link_header(0, 0, 0, 0),
+            |to| {
+                to.text(libc::IFLA_IFNAME, here).nest(libc::IFLA_LINKINFO, |info| {
+                    info.put(libc::IFLA_INFO_KIND, b"veth")
+                        .nest(libc::IFLA_INFO_DATA, |data| {
+                            data.put(VETH_PEER, &peer);
+                        });
+                });
+            },
+        );
+        self.socket.do_all(messages, false)
+    }
+
+    /// Gives a link its address, brings it up, and makes `gateway` the way to everywhere.
+    pub(crate) fn connect_end(
+        &mut self,
+        name: &str,
+        address: Ipv4Addr,
+        prefix: u8,
+        gateway: Option<Ipv4Addr>,
+    ) -> Result<(), Refused> {
+        let gone = || {
+            Refused::new(
+                format!("looking for link {name}"),
+                std::io::Error::from_raw_os_error(libc::ENODEV),
+            )
+        };
+        let index = self.find(name)?.ok_or_else(gone)?.index;
+        let mut messages = Messages::default();
+        add_address(&mut messages, index, name, IpAddr::V4(address), prefix);
+        messages.add(
+            format!("bringing {name} up"),
+            libc::RTM_NEWLINK,
+            0,
+            &link_header(index, UP, UP, 0),
+            |_| {},
+        );
+        if let Some(gateway) = gateway {
+            let mut header = route_header(IpAddr::V4(gateway));
+            // To everywhere, over a gateway: no bits, scope of the universe.
+            (header[1], header[6]) = (0, libc::RT_SCOPE_UNIVERSE);
+            let what = format!("routing everything to {gateway}");
+            messages.add(what, libc::RTM_NEWROUTE, CREATE | REPLACE, &header, |to| {
+                to.put(libc::RTA_GATEWAY, &gateway.octets()).ne32(libc::RTA_OIF, index);
+            });
+        }
         self.socket.do_all(messages, false)
     }
 

@@ -28,6 +28,8 @@ pub(crate) const DUMP: u16 = libc::NLM_F_DUMP as u16;
 pub(crate) const CREATE: u16 = libc::NLM_F_CREATE as u16;
 /// Change it if it is there.
 pub(crate) const REPLACE: u16 = libc::NLM_F_REPLACE as u16;
+/// It is an error if it is there.
+pub(crate) const EXCLUSIVE: u16 = libc::NLM_F_EXCL as u16;
 /// Behind those that are there.
 pub(crate) const APPEND: u16 = libc::NLM_F_APPEND as u16;
 /// Marks an attribute that holds attributes.
@@ -93,8 +95,7 @@ impl Attributes {
         self
     }
 
-    #[cfg(test)]
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 }

@@ -167,6 +167,10 @@ impl GuestNetns {
         Ok(Self { file })
     }
 
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Runs `act` in the namespace.
     ///
     /// # Errors
