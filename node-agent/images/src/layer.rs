@@ -193,9 +193,12 @@ fn one(item: &Item, content: &mut dyn Read, tree: &mut Tree, spool: &mut Spool, 
         EntryType::Link => {
             // One file under two names: owner and mode are the target's, whatever this header says.
             let (meta, kind) = hard_link(&item.link, tree, limits).map_err(Fault::Entry)?;
-            if let Kind::File(content) = &kind {
-                spool.count_bytes(content.len, limits).map_err(Fault::Image)?;
+            match &kind {
+                Kind::File(content) => spool.count_bytes(content.len, limits),
+                Kind::Symlink(target) => spool.count_names(0, target.len() as u64, limits),
+                Kind::Folder(_) => Ok(()),
             }
+            .map_err(Fault::Image)?;
             return tree.put(&path, meta, kind).map_err(Fault::Entry);
         }
         // A guest gets its devices from its own kernel: none comes from an image. Dropped, as rootless tools do.

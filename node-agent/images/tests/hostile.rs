@@ -111,12 +111,16 @@ fn every_limit_stops_an_image() {
         archive_bytes: 4 << 20,
         content_bytes: 1 << 20,
         entries: 50,
+        name_bytes: 4 << 10,
         ..Limits::default()
     };
     let many: Vec<Entry> = (0..60).map(|n| file(&format!("f{n}"), "")).collect();
     let half: Vec<Entry> = (0..30).map(|n| file(&format!("f{n}"), "")).collect();
     let links: Vec<Entry> = std::iter::once(file("big", vec![1; 300 << 10]))
         .chain((0..40).map(|n| hard_link(&format!("l{n}"), "big")))
+        .collect();
+    let long_targets: Vec<Entry> = std::iter::once(symlink("long", &"t".repeat(99)))
+        .chain((0..45).map(|n| hard_link(&format!("l{n}"), "long")))
         .collect();
     let deep: Vec<Entry> = (0..5).map(|n| file(&format!("{n}{}/f", "/d".repeat(20)), "")).collect();
     let nested = [file("ends here", "x")];
@@ -139,6 +143,7 @@ fn every_limit_stops_an_image() {
             "entries of two layers",
             vec![plain(tar_of(&half)), plain(tar_of(&half))],
         ),
+        ("hard links to a long symlink", vec![plain(tar_of(&long_targets))]),
         ("folders that nobody described", vec![plain(tar_of(&deep))]),
         ("hard links to a large file", vec![plain(tar_of(&links))]),
         ("padding behind the end", vec![gzipped(&after_the_end)]),
