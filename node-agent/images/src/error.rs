@@ -55,6 +55,14 @@ pub enum ImageError {
         /// Its value.
         limit: u64,
     },
+    /// Which programs the image has is not on record: there are too many of them. Its guest will tell.
+    #[error("which programs image {digest} has is not known: only lists of up to {limit} bytes are kept")]
+    ProgramsUnknown {
+        /// `sha256:…` of the manifest.
+        digest: String,
+        /// Bytes of all their paths together.
+        limit: usize,
+    },
     /// The machine failed, not the image.
     #[error("{doing} {}", path.display())]
     Io {

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! <dir>/references.json    reference → manifest digest; replaced atomically
-//! <dir>/images/<hex>.json  what the image says about itself
+//! <dir>/images/<hex>.json  what the image says about itself; read by every listing
+//! <dir>/programs/<hex>.json  what it can execute; read only when a program is looked for; absent: not known
 //! <dir>/rootfs/<hex>.squashfs
 //! <dir>/tmp/               work of a load; emptied when the store is opened
 //! ```
 //!
-//! Invariant: a name in `rootfs/` or `images/` is complete: everything is written under `tmp/`, synced and renamed.
-//! Order: root file system, description, reference; a crash between them leaves content that nobody names, which
-//! [`ImageStore::remove`] and the next open collect.
+//! Invariant: a name in `rootfs/`, `programs/` or `images/` is complete: everything is written under `tmp/`, synced and renamed.
+//! Order: root file system, programs, description, reference; a crash between them leaves content that nobody names, which
+//! [`ImageStore::remove`], [`ImageStore::collect`] and the next open collect.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +21,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     ImageError, Limits, archive,
@@ -32,6 +33,10 @@ use crate::{
 
 /// Longest reference, in bytes.
 const REFERENCE_BYTES: usize = 512;
+/// Most bytes of the paths of an image's programs: each search reads them all. A Debian with its toolchains has half of it.
+const PROGRAMS_BYTES: usize = 1 << 20;
+/// Folders with one entry per image.
+const CONTENT: [&str; 3] = ["images", "programs", "rootfs"];
 
 /// What an image runs when the FarAgent does not say otherwise.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,8 +72,12 @@ pub struct Image {
 #[derive(Debug, Serialize, Deserialize)]
 struct Description {
     config: ImageConfig,
-    /// Every path that can be executed or leads on (files with an execute bit, symlinks): tells a missing entrypoint
-    /// before a VM is booted for it.
+}
+
+/// What `programs/<hex>.json` holds: every path that can be executed or leads on (files with an execute bit, symlinks).
+/// Tells a missing entrypoint before a VM is booted for it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Programs {
     programs: BTreeSet<String>,
 }
 
@@ -96,7 +105,8 @@ impl ImageStore {
     /// As [`ImageStore::open`].
     pub fn open_with(dir: impl Into<PathBuf>, limits: Limits) -> Result<Self, ImageError> {
         let dir = dir.into();
-        for folder in [dir.clone(), dir.join("images"), dir.join("rootfs"), dir.join("tmp")] {
+        let inner = CONTENT.iter().chain(&["tmp"]).map(|name| dir.join(name));
+        for folder in std::iter::once(dir.clone()).chain(inner) {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -124,7 +134,7 @@ impl ImageStore {
             references: Mutex::new(references),
             loading: Mutex::new(()),
         };
-        store.collect(&BTreeSet::new())?;
+        store.collect_now(&BTreeSet::new())?;
         Ok(store)
     }
 
@@ -139,7 +149,8 @@ impl ImageStore {
             .map_err(ImageError::io("creating a folder in", self.dir.join("tmp")))?;
         let opened = archive::open(archive, work.path(), &self.limits)?;
         let hex = opened.manifest.hex().to_owned();
-        if !self.rootfs(&hex).is_file() || !self.description_file(&hex).is_file() {
+        let digest = opened.manifest.to_string();
+        if !matches!(self.image(&digest), Ok(Some(_))) {
             let spool_path = work.path().join("spool");
             let spool = File::options()
                 .create_new(true)
@@ -158,13 +169,15 @@ impl ImageStore {
             let target = self.rootfs(&hex);
             fs::rename(&fresh, &target).map_err(ImageError::io("renaming to", &target))?;
             sync_folder(&self.dir.join("rootfs"))?;
+            match programs(&tree) {
+                Some(programs) => write_atomically(&self.programs_file(&hex), &json(&Programs { programs }))?,
+                None => remove_if_there(&self.programs_file(&hex))?,
+            }
             let description = Description {
                 config: config_of(&opened.config),
-                programs: programs(&tree),
             };
             write_atomically(&self.description_file(&hex), &json(&description))?;
         }
-        let digest = opened.manifest.to_string();
         self.change_references(|references| references.insert(reference.to_owned(), digest.clone()))?;
         self.image(&digest)?.ok_or_else(|| ImageError::Archive {
             what: format!("image {digest} vanished while it was loaded"),
@@ -194,12 +207,13 @@ impl ImageStore {
     /// over a symbolic link is left to the guest's kernel.
     ///
     /// # Errors
-    /// [`ImageError`] when the image is not here.
+    /// [`ImageError::ProgramsUnknown`] when the image has too many of them to be listed, or is not here.
     pub fn may_have_program(&self, digest: &str, path: &str) -> Result<bool, ImageError> {
-        let description = self.description(digest)?.ok_or_else(|| ImageError::Unknown {
-            reference: digest.to_owned(),
+        let file = self.programs_file(digest.trim_start_matches("sha256:"));
+        let Programs { programs } = read_json(&file)?.ok_or_else(|| ImageError::ProgramsUnknown {
+            digest: digest.to_owned(),
+            limit: PROGRAMS_BYTES,
         })?;
-        let programs = &description.programs;
         let mut prefix = String::new();
         for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
             prefix.push('/');
@@ -212,16 +226,21 @@ impl ImageStore {
         Ok(programs.contains(&prefix))
     }
 
-    /// All images, by digest.
+    /// All images that can be used, by digest. One that cannot be read hides no other: it is left out with a warning.
     ///
     /// # Errors
-    /// [`ImageError::Io`].
+    /// None at present.
     pub fn list(&self) -> Result<Vec<Image>, ImageError> {
         let digests: BTreeSet<String> = self.references().values().cloned().collect();
-        digests
-            .iter()
-            .filter_map(|digest| self.image(digest).transpose())
-            .collect()
+        let readable = |digest: &String| match self.image(digest) {
+            Ok(image) => image,
+            Err(error) => {
+                let fix = "load it again";
+                tracing::warn!(%digest, error = &error as &dyn std::error::Error, fix, "an image cannot be read");
+                None
+            }
+        };
+        Ok(digests.iter().filter_map(readable).collect())
     }
 
     /// Forgets a reference, and the content when no other reference names it and it is not in `in_use` (digests of
@@ -232,7 +251,16 @@ impl ImageStore {
     pub fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageError> {
         let _not_while_loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         self.change_references(|references| references.remove(reference))?;
-        self.collect(in_use)
+        self.collect_now(in_use)
+    }
+
+    /// Removes content that no reference names (a load moved its name to another image) and that is not in `in_use`.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`].
+    pub fn collect(&self, in_use: &BTreeSet<String>) -> Result<(), ImageError> {
+        let _not_while_loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        self.collect_now(in_use)
     }
 
     fn references(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
@@ -258,29 +286,21 @@ impl ImageStore {
         self.dir.join("images").join(format!("{hex}.json"))
     }
 
-    fn description(&self, digest: &str) -> Result<Option<Description>, ImageError> {
-        let file = self.description_file(digest.trim_start_matches("sha256:"));
-        match fs::read(&file) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
-                .map_err(|error| ImageError::Archive {
-                    what: format!("{} is not readable: {error}", file.display()),
-                }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(ImageError::Io {
-                doing: "reading",
-                path: file,
-                source,
-            }),
-        }
+    fn programs_file(&self, hex: &str) -> PathBuf {
+        self.dir.join("programs").join(format!("{hex}.json"))
     }
 
     fn image(&self, digest: &str) -> Result<Option<Image>, ImageError> {
-        let Some(description) = self.description(digest)? else {
+        let hex = digest.trim_start_matches("sha256:");
+        let Some(Description { config }) = read_json(&self.description_file(hex))? else {
             return Ok(None);
         };
-        let rootfs = self.rootfs(digest.trim_start_matches("sha256:"));
-        let size_bytes = fs::metadata(&rootfs).map_err(ImageError::io("reading", &rootfs))?.len();
+        let rootfs = self.rootfs(hex);
+        let size_bytes = match fs::metadata(&rootfs) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ImageError::io("reading", &rootfs)(error)),
+        };
         let references = self
             .references()
             .iter()
@@ -292,19 +312,19 @@ impl ImageStore {
             references,
             rootfs,
             size_bytes,
-            config: description.config,
+            config,
         }))
     }
 
     /// Removes content that no reference names and nobody uses.
-    fn collect(&self, in_use: &BTreeSet<String>) -> Result<(), ImageError> {
+    fn collect_now(&self, in_use: &BTreeSet<String>) -> Result<(), ImageError> {
         let wanted: BTreeSet<String> = self
             .references()
             .values()
             .chain(in_use)
             .map(|digest| digest.trim_start_matches("sha256:").to_owned())
             .collect();
-        for folder in ["images", "rootfs"] {
+        for folder in CONTENT {
             let folder = self.dir.join(folder);
             for entry in fs::read_dir(&folder)
                 .map_err(ImageError::io("reading", &folder))?
@@ -343,23 +363,33 @@ fn config_of(document: &ConfigDocument) -> ImageConfig {
 }
 
 /// Paths with an execute bit, and symlinks with a trailing "@". Names that are not UTF-8 are left out: an entrypoint is text.
-fn programs(tree: &Tree) -> BTreeSet<String> {
-    fn walk(node: &Node, at: &str, out: &mut BTreeSet<String>) {
-        let Kind::Folder(children) = &node.kind else { return };
+/// `None`: too many.
+fn programs(tree: &Tree) -> Option<BTreeSet<String>> {
+    fn walk(node: &Node, at: &str, out: &mut BTreeSet<String>, left: &mut usize) -> Option<()> {
+        let Kind::Folder(children) = &node.kind else {
+            return Some(());
+        };
         for (name, child) in children {
             let Ok(name) = std::str::from_utf8(name) else { continue };
             let path = format!("{at}/{name}");
-            match &child.kind {
-                Kind::File(_) if child.meta.mode & 0o111 != 0 => drop(out.insert(path)),
-                Kind::Symlink(_) => drop(out.insert(format!("{path}@"))),
-                Kind::File(_) => {}
-                Kind::Folder(_) => walk(child, &path, out),
-            }
+            let program = match &child.kind {
+                Kind::File(_) if child.meta.mode & 0o111 != 0 => path,
+                Kind::Symlink(_) => format!("{path}@"),
+                Kind::File(_) => continue,
+                Kind::Folder(_) => {
+                    walk(child, &path, out, left)?;
+                    continue;
+                }
+            };
+            *left = left.checked_sub(program.len())?;
+            out.insert(program);
         }
+        Some(())
     }
     let mut out = BTreeSet::new();
-    walk(tree.root(), "", &mut out);
-    out
+    let mut left = PROGRAMS_BYTES;
+    walk(tree.root(), "", &mut out, &mut left)?;
+    Some(out)
 }
 
 fn check_reference(reference: &str) -> Result<(), ImageError> {
@@ -385,6 +415,19 @@ fn check_reference(reference: &str) -> Result<(), ImageError> {
         return wrong("has characters other than letters, digits and . _ - / :");
     }
     Ok(())
+}
+
+/// `None`: there is no such file.
+fn read_json<T: DeserializeOwned>(file: &Path) -> Result<Option<T>, ImageError> {
+    match fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| ImageError::Archive {
+                what: format!("{} is not readable: {error}", file.display()),
+            }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ImageError::io("reading", file)(error)),
+    }
 }
 
 fn json(value: &impl Serialize) -> Vec<u8> {

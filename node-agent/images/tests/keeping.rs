@@ -9,6 +9,7 @@ use std::{
     fs,
     io::{self, Read},
     os::unix::fs::PermissionsExt,
+    path::Path,
 };
 use support::{Entry, archive, digest, file, files_below, folder, gzipped, place, plain, symlink, tar_of};
 
@@ -187,6 +188,89 @@ fn a_missing_program_is_told_before_a_boot() {
             "{path}"
         );
     }
+}
+
+#[test]
+fn listing_and_finding_images_never_read_what_programs_they_have() {
+    let place = place();
+    let loaded = place.store.load_archive(image("x").as_slice(), ONE).unwrap();
+    let hex = &loaded.digest["sha256:".len()..];
+    let store = place.dir.path().join("images");
+    let description = fs::read_to_string(store.join(format!("images/{hex}.json"))).unwrap();
+    assert!(!description.contains("/bin/program@") && !description.contains("/sbin@"));
+    fs::write(store.join(format!("programs/{hex}.json")), "not JSON").unwrap();
+    assert_eq!(place.store.resolve(ONE).unwrap(), loaded);
+    assert_eq!(place.store.list().unwrap(), [loaded.clone()]);
+    assert!(place.store.may_have_program(&loaded.digest, "/bin/program").is_err());
+}
+
+#[test]
+fn an_image_with_too_many_programs_is_kept_without_a_list_of_them() {
+    let place = place();
+    let many: Vec<Entry> = (0..12_000)
+        .map(|n| symlink(&format!("{}{n}", "n".repeat(90)), "x"))
+        .collect();
+    let bytes = archive(&[gzipped(&tar_of(&many))]);
+    let loaded = place.store.load_archive(bytes.as_slice(), ONE).unwrap();
+    let error = place.store.may_have_program(&loaded.digest, "/missing").unwrap_err();
+    assert!(matches!(error, ImageError::ProgramsUnknown { .. }), "{error}");
+    let hex = &loaded.digest["sha256:".len()..];
+    let list = place.dir.path().join(format!("images/programs/{hex}.json"));
+    assert!(!list.exists());
+    place.store.remove(ONE, &BTreeSet::new()).unwrap();
+    assert_eq!(
+        files_below(&place.dir.path().join("images/rootfs")),
+        Vec::<String>::new()
+    );
+}
+
+#[test]
+fn a_broken_image_hides_no_other_and_is_made_again_by_a_load() {
+    type Break = fn(&Path, &str);
+    let breaks: [(&str, Break); 3] = [
+        ("no root file system", |store, hex| {
+            fs::remove_file(store.join(format!("rootfs/{hex}.squashfs"))).unwrap();
+        }),
+        ("a description that is none", |store, hex| {
+            fs::write(store.join(format!("images/{hex}.json")), "{").unwrap();
+        }),
+        ("a description that cannot be read", |store, hex| {
+            let file = store.join(format!("images/{hex}.json"));
+            fs::remove_file(&file).unwrap();
+            fs::create_dir(&file).unwrap();
+        }),
+    ];
+    for (why, make_broken) in breaks {
+        let place = place();
+        let broken = place.store.load_archive(image("one").as_slice(), ONE).unwrap();
+        let good = place.store.load_archive(image("two").as_slice(), TWO).unwrap();
+        make_broken(&place.dir.path().join("images"), &broken.digest["sha256:".len()..]);
+        assert_eq!(place.store.list().unwrap(), [good.clone()], "{why}");
+        assert_eq!(place.store.resolve(TWO).unwrap(), good, "{why}");
+        assert!(place.store.resolve(ONE).is_err(), "{why}");
+        if why != "a description that cannot be read" {
+            let again = place.store.load_archive(image("one").as_slice(), ONE).unwrap();
+            assert_eq!(again, broken, "{why}");
+        }
+    }
+}
+
+#[test]
+fn content_that_a_moved_tag_left_goes_when_it_is_collected_and_nobody_has_it() {
+    let place = place();
+    let old = place.store.load_archive(image("old").as_slice(), ONE).unwrap();
+    let new = place.store.load_archive(image("new").as_slice(), ONE).unwrap();
+    let in_use = BTreeSet::from([old.digest.clone()]);
+    place.store.collect(&in_use).unwrap();
+    assert!(old.rootfs.is_file(), "a microVM has it");
+    place.store.collect(&BTreeSet::new()).unwrap();
+    assert!(!old.rootfs.exists());
+    assert_eq!(place.store.resolve(ONE).unwrap(), new);
+    let of_old: Vec<String> = files_below(place.dir.path())
+        .into_iter()
+        .filter(|path| path.contains(&old.digest["sha256:".len()..]))
+        .collect();
+    assert_eq!(of_old, Vec::<String>::new());
 }
 
 #[test]
