@@ -15,6 +15,9 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
 };
 
+/// Most bytes that wait in a pipe: what an unprivileged process may make of it (`/proc/sys/fs/pipe-max-size`, pipe(7)).
+const PIPE_BYTES: usize = 1 << 20;
+
 /// A pipe's end that never blocks.
 #[derive(Debug)]
 pub(crate) struct Pipe(Option<File>);
@@ -55,6 +58,11 @@ impl Pipe {
                 }
             }
         }
+    }
+
+    /// Reads what an ended process left: a pipe's content and no more, so that whoever still writes holds up nobody.
+    pub(crate) fn read_rest(&mut self, take: impl FnMut(&[u8])) {
+        self.read(PIPE_BYTES, take);
     }
 }
 
@@ -129,5 +137,21 @@ pub(crate) fn describe(status: ExitStatus) -> String {
         (Some(code), _) => format!("code {code}"),
         (None, Some(signal)) => format!("signal {signal}"),
         (None, None) => status.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_of_a_stream_that_never_runs_dry_is_bounded() {
+        let mut endless = Pipe::new(File::open("/dev/zero").unwrap()).unwrap();
+        let mut count = 0;
+        endless.read_rest(|bytes| {
+            count += bytes.len();
+            assert!(count <= 2 * PIPE_BYTES, "it is read without end");
+        });
+        assert_eq!(count, PIPE_BYTES);
     }
 }

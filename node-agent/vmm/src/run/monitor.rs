@@ -161,7 +161,8 @@ impl Monitor {
             if self.asked.is_none()
                 && let Some(status) = self.vsock.as_mut().and_then(Process::ended)
             {
-                self.drain();
+                // Its last words, and not the VMM's console: the VMM still writes that.
+                self.read_vsock();
                 let words = self.last_words();
                 self.messages
                     .push(format!("\nthe vsock daemon ended ({}): {words}\n", describe(status)).as_bytes());
@@ -300,9 +301,12 @@ impl Monitor {
         process.stderr.read(MESSAGES_BYTES, |bytes| self.messages.push(bytes));
     }
 
-    /// Reads what ended processes left in their pipes: at most a pipe's content, since nobody writes any more.
+    /// Reads what ended processes left in their pipes.
     fn drain(&mut self) {
-        self.read_vmm(usize::MAX);
+        if let Some(Vmm { process }) = &mut self.vmm {
+            process.stdout.read_rest(|bytes| self.console.push(bytes));
+            process.stderr.read(MESSAGES_BYTES, |bytes| self.messages.push(bytes));
+        }
         self.read_vsock();
     }
 
