@@ -151,6 +151,8 @@ pub(crate) struct AgentTask {
     pending_exit: Option<ExitReport>,
     forced: Option<Forced>,
     killed_at: Option<UnixMs>,
+    /// When this far-node took over a VM that an earlier one spawned.
+    adopted_at: Option<UnixMs>,
     last_heartbeat: Option<UnixMs>,
     heartbeat_stale: bool,
 }
@@ -183,6 +185,7 @@ impl AgentTask {
             pending_exit: None,
             forced: None,
             killed_at: None,
+            adopted_at: None,
             last_heartbeat: None,
             heartbeat_stale: false,
         }
@@ -212,7 +215,11 @@ impl AgentTask {
     }
 
     async fn live(&mut self) -> Result<VmmEnd, Leave> {
-        if self.record.spawn.is_some() {
+        if let Some(spawn) = &self.record.spawn {
+            if spawn.boot_id != self.blade.boot_id {
+                return Ok(VmmEnd::Vanished { blade_rebooted: true });
+            }
+            self.adopted_at = Some(self.blade.clock.now());
             if self.forced.is_some() {
                 self.kill().await;
             }
@@ -405,7 +412,7 @@ impl AgentTask {
     fn next_alarm(&self) -> Option<(UnixMs, Alarm)> {
         match self.killed_at {
             Some(at) => Some((at + millis(KILL_AGAIN), Alarm::Kill(None))),
-            None => next_alarm(&self.record, self.blade.limits.boot_timeout),
+            None => next_alarm(&self.record, self.blade.limits.boot_timeout, self.adopted_at),
         }
     }
 

@@ -9,6 +9,9 @@ use std::time::Duration;
 pub(crate) const STOP_MARGIN: Duration = Duration::from_secs(10);
 /// From the acknowledged exit report until the VMM is killed, should the guest not power off.
 pub(crate) const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
+/// From an adoption until a limit that passed while far-node was down counts: the guest dials again within seconds, and
+/// the host needs up to 10 s to tell that a VMM is gone.
+pub(crate) const ADOPTION_PATIENCE: Duration = Duration::from_secs(15);
 /// Texts for people, bytes.
 pub(crate) const MAX_MESSAGE: usize = 1024;
 
@@ -167,12 +170,15 @@ pub enum Alarm {
     Deadline,
 }
 
-/// The next time limit of a spawned, not ended attempt, and what it asks for.
+/// The next time limit of a spawned, not ended attempt, and what it asks for. What was to happen while far-node was down
+/// could not be seen: for an adopted attempt the boot limits count from the adoption, and all others wait a little.
 #[must_use]
-pub fn next_alarm(record: &Record, boot_timeout: Duration) -> Option<(UnixMs, Alarm)> {
+pub fn next_alarm(record: &Record, boot_timeout: Duration, adopted_at: Option<UnixMs>) -> Option<(UnixMs, Alarm)> {
     let spawn = record.spawn.as_ref()?;
     let after = |at: UnixMs, limit: Duration| at.saturating_add(millis(limit));
     let seconds = |s: u32| Duration::from_secs(s.into());
+    let seen = |at: UnixMs| at.max(adopted_at.unwrap_or(0));
+    let earliest = adopted_at.map_or(0, |at| after(at, ADOPTION_PATIENCE));
     let mut alarms = Vec::with_capacity(3);
     if let Some(exit) = &record.exit {
         alarms.push((after(exit.at, POWER_OFF_LIMIT), Alarm::Kill(None)));
@@ -185,21 +191,22 @@ pub fn next_alarm(record: &Record, boot_timeout: Duration) -> Option<(UnixMs, Al
                 boot_timeout.as_secs()
             );
             alarms.push((
-                after(booted_at, boot_timeout),
+                after(seen(booted_at), boot_timeout),
                 Alarm::Kill(Some(Forced::BootTimeout { message })),
             ));
         }
     } else {
         let message = format!("no Hello of the guest's init within {} s", boot_timeout.as_secs());
         alarms.push((
-            after(spawn.at, boot_timeout),
+            after(seen(spawn.at), boot_timeout),
             Alarm::Kill(Some(Forced::BootTimeout { message })),
         ));
     }
     if record.deadline_s > 0 && record.stop.is_none() && record.exit.is_none() {
         alarms.push((after(spawn.at, seconds(record.deadline_s)), Alarm::Deadline));
     }
-    alarms.into_iter().min_by_key(|(at, _)| *at)
+    let (at, alarm) = alarms.into_iter().min_by_key(|(at, _)| *at)?;
+    Some((at.max(earliest), alarm))
 }
 
 pub(crate) fn millis(duration: Duration) -> u64 {
@@ -450,11 +457,11 @@ mod tests {
         let boot = Duration::from_secs(90);
         let mut record = fresh();
         record.deadline_s = 200;
-        assert_eq!(next_alarm(&record, boot), None);
+        assert_eq!(next_alarm(&record, boot, None), None);
         record.apply(Fact::Preparing).unwrap();
         record.apply(spawning(0)).unwrap();
         assert!(matches!(
-            next_alarm(&record, boot),
+            next_alarm(&record, boot, None),
             Some((90_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))
         ));
         record
@@ -464,7 +471,7 @@ mod tests {
             })
             .unwrap();
         assert!(matches!(
-            next_alarm(&record, boot),
+            next_alarm(&record, boot, None),
             Some((120_000, Alarm::Kill(Some(Forced::BootTimeout { .. }))))
         ));
         record
@@ -473,7 +480,7 @@ mod tests {
                 message: String::new(),
             })
             .unwrap();
-        assert_eq!(next_alarm(&record, boot), Some((200_000, Alarm::Deadline)));
+        assert_eq!(next_alarm(&record, boot, None), Some((200_000, Alarm::Deadline)));
         record
             .apply(Fact::StopOrdered(StopOrder {
                 at: 50_000,
@@ -481,9 +488,30 @@ mod tests {
                 reason: None,
             }))
             .unwrap();
-        assert_eq!(next_alarm(&record, boot), Some((63_000, Alarm::Kill(None))));
+        assert_eq!(next_alarm(&record, boot, None), Some((63_000, Alarm::Kill(None))));
         record.apply(Fact::Exited(report(ExitHow::Code(0), false, ""))).unwrap();
-        assert_eq!(next_alarm(&record, boot), Some((10_009, Alarm::Kill(None))));
+        assert_eq!(next_alarm(&record, boot, None), Some((10_009, Alarm::Kill(None))));
+    }
+
+    #[test]
+    fn what_passed_before_an_adoption_waits_for_the_guest() {
+        let boot = Duration::from_secs(90);
+        let adopted = Some(1_000_000);
+        let mut record = fresh();
+        record.apply(Fact::Preparing).unwrap();
+        record.apply(spawning(0)).unwrap();
+        assert_eq!(next_alarm(&record, boot, adopted).unwrap().0, 1_090_000);
+        record.booted_at = Some(1);
+        assert_eq!(next_alarm(&record, boot, adopted).unwrap().0, 1_090_000);
+        record.started_at = Some(2);
+        record.deadline_s = 200;
+        assert_eq!(next_alarm(&record, boot, adopted), Some((1_015_000, Alarm::Deadline)));
+        record.stop = Some(StopOrder {
+            at: 50_000,
+            grace_s: 3,
+            reason: None,
+        });
+        assert_eq!(next_alarm(&record, boot, adopted), Some((1_015_000, Alarm::Kill(None))));
     }
 
     #[test]

@@ -197,3 +197,71 @@ async fn leftovers_without_a_record_are_removed_and_the_rest_is_left() {
     }
     assert!(folder.join("somebody-elses").exists());
 }
+
+/// Moves everything that limits count from an hour into the past, as if far-node had been down that long.
+fn an_hour_passed(world: &World) {
+    const HOUR: u64 = 3_600_000;
+    let ledger = crate::ledger::Ledger::open(&world.dir.path().join("ledger")).unwrap();
+    for (mut record, _) in ledger.load().unwrap().records {
+        record.spawn.as_mut().unwrap().at -= HOUR;
+        record.booted_at = record.booted_at.map(|at| at - HOUR);
+        record.started_at = record.started_at.map(|at| at - HOUR);
+        record.deadline_s = 60;
+        ledger.write(&record).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_boots_while_far_node_is_down_for_long_still_runs() {
+    let world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    node.until_phase(Phase::Starting).await;
+    while world.host.boots(&vm()) == 0 {
+        tokio::task::yield_now().await;
+    }
+    node.kill().await;
+    an_hour_passed(&world);
+    let node = world.start().await;
+    node.ensure().await;
+    let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
+    guest.start().await;
+    guest.exit(0, 0).await;
+    assert!(guest.is_acknowledged().await);
+    world.host.end(&vm(), VmmEnd::Clean);
+    assert_eq!(node.until_ended().await.reason, EndReason::Completed);
+}
+
+#[tokio::test]
+async fn an_exit_report_held_past_the_deadline_still_counts() {
+    let world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
+    guest.start().await;
+    node.until_phase(Phase::Running).await;
+    node.kill().await;
+    an_hour_passed(&world);
+    let node = world.start().await;
+    let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::Exited).await;
+    guest.exit(0, 0).await;
+    assert!(guest.is_acknowledged().await);
+    world.host.end(&vm(), VmmEnd::Clean);
+    assert_eq!(node.until_ended().await.reason, EndReason::Completed);
+}
+
+#[tokio::test]
+async fn after_a_reboot_of_the_blade_no_limit_speaks_first() {
+    let mut world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    node.until_phase(Phase::Starting).await;
+    while world.host.boots(&vm()) == 0 {
+        tokio::task::yield_now().await;
+    }
+    node.kill().await;
+    an_hour_passed(&world);
+    world.boot_id = "boot-2".into();
+    let node = world.start().await;
+    assert_eq!(node.until_ended().await.reason, EndReason::BladeRebooted);
+}
