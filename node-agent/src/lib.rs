@@ -24,6 +24,7 @@ pub mod node;
 pub mod outcome;
 pub mod record;
 mod remote;
+mod sparing;
 pub mod spec;
 pub mod store;
 pub mod supervisor;

@@ -17,6 +17,7 @@ use crate::{
     capacity::Machine,
     config::ControllerConfig,
     epoch::{EpochGuard, Origin},
+    sparing::Sparing,
 };
 use anyhow::{Context, Result};
 use far_proto::controller::{HeartbeatRequest, JoinRequest, RenewRequest, blades_client::BladesClient};
@@ -147,18 +148,24 @@ async fn accept(
         return;
     }
     let mut handshakes = JoinSet::new();
+    // Anybody who reaches the port can provoke these.
+    let refusals = Arc::new(Sparing::default());
     loop {
         tokio::select! {
             Some(_) = handshakes.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) if handshakes.len() < MAX_HANDSHAKES => {
                     let Some(config) = configs.borrow().clone() else { continue };
-                    let send = send.clone();
+                    let (send, refusals) = (send.clone(), refusals.clone());
                     handshakes.spawn(async move {
                         match timeout(HANDSHAKE_LIMIT, TlsAcceptor::from(config).accept(stream)).await {
                             Ok(Ok(stream)) => { let _ = send.send(stream).await; }
-                            Ok(Err(error)) => tracing::warn!(%peer, %error, "a caller of the node API was refused"),
-                            Err(_) => tracing::warn!(%peer, "a caller of the node API did not finish its handshake"),
+                            Ok(Err(error)) => if let Some(refusal) = refusals.next() {
+                                tracing::warn!(refusal, %peer, %error, "a caller of the node API was refused");
+                            },
+                            Err(_) => if let Some(refusal) = refusals.next() {
+                                tracing::warn!(refusal, %peer, "a caller of the node API did not finish its handshake");
+                            },
                         }
                     });
                 }

@@ -2,10 +2,12 @@
 //! (Firecracker connects to `v.sock_5000` with a blocking connect on its event thread).
 
 use super::protocol::{Greeting, check_hello};
+use crate::sparing::Sparing;
 use far_proto::{frame::Decoder, guest::GuestMessage};
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -67,14 +69,16 @@ impl Drop for Listener {
 
 async fn accept(socket: UnixListener, dialled: mpsc::Sender<Dialled>) {
     let mut handshakes = JoinSet::new();
+    // A guest may dial as often as it likes: its refusals must not fill the blade's log.
+    let refusals = Arc::new(Sparing::default());
     loop {
         tokio::select! {
             Some(_) = handshakes.join_next() => {}
             accepted = socket.accept() => match accepted {
                 Ok((stream, _)) if handshakes.len() < MAX_HANDSHAKES => {
-                    let dialled = dialled.clone();
+                    let (dialled, refusals) = (dialled.clone(), refusals.clone());
                     handshakes.spawn(async move {
-                        if let Ok(Some(hello)) = tokio::time::timeout(HELLO_LIMIT, read_hello(stream)).await {
+                        if let Ok(Some(hello)) = tokio::time::timeout(HELLO_LIMIT, read_hello(stream, &refusals)).await {
                             let _ = dialled.send(hello).await;
                         }
                     });
@@ -87,7 +91,7 @@ async fn accept(socket: UnixListener, dialled: mpsc::Sender<Dialled>) {
     }
 }
 
-async fn read_hello(mut stream: UnixStream) -> Option<Dialled> {
+async fn read_hello(mut stream: UnixStream, refusals: &Sparing) -> Option<Dialled> {
     let mut decoder = Decoder::new();
     let mut buffer = [0; 1024];
     loop {
@@ -100,7 +104,9 @@ async fn read_hello(mut stream: UnixStream) -> Option<Dialled> {
                         decoder,
                     }),
                     Err(violation) => {
-                        tracing::warn!(error = %violation, "a control connection was refused");
+                        if let Some(refusal) = refusals.next() {
+                            tracing::warn!(refusal, error = %violation, "a control connection was refused");
+                        }
                         None
                     }
                 };
