@@ -800,7 +800,7 @@ fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Fo
         delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
             let reason = match error {
                 LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
-                LaunchError::Environment { .. } => EndReason::ImageError,
+                LaunchError::Settings { .. } => EndReason::ImageError,
             };
             refused(reason, error.to_string())
         })?;

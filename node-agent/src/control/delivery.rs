@@ -12,8 +12,11 @@ use sha2::{Digest, Sha256};
 
 /// Longest piece of a file, bytes (control.proto).
 const MAX_CHUNK: usize = 512 << 10;
-/// Environment of an image, bytes: with the bounds of args, env and file paths a Config always fits into one frame.
-const MAX_IMAGE_ENV: usize = 64 << 10;
+/// All strings of an image's config, bytes: with the bounds of args, env and file paths a Config always fits into one
+/// frame.
+const MAX_IMAGE_SETTINGS: usize = 128 << 10;
+/// What one string takes in a message besides its own bytes, at most.
+const PER_STRING: usize = 10;
 /// Bytes for the guest's random pool (control.proto: 32 to 512).
 const ENTROPY: usize = 64;
 
@@ -41,8 +44,10 @@ pub(crate) enum LaunchError {
     NoProgram { image: String },
     #[error("spec.entrypoint: {path} does not exist in image {image}")]
     Missing { path: String, image: String },
-    #[error("spec.image: the environment that image {image} sets takes {bytes} bytes, at most {MAX_IMAGE_ENV} fit")]
-    Environment { image: String, bytes: usize },
+    #[error(
+        "spec.image: the config of image {image} (entrypoint, cmd, env, working directory, user) takes {bytes} bytes, at most {MAX_IMAGE_SETTINGS} fit"
+    )]
+    Settings { image: String, bytes: usize },
 }
 
 /// Puts image and spec together, with Kubernetes' rules for command and args; `has_file` looks into the image
@@ -52,9 +57,11 @@ pub(crate) fn launch(
     image: &ImageSettings,
     has_file: impl Fn(&str) -> Option<bool>,
 ) -> Result<Launch, LaunchError> {
-    let bytes = image.env.iter().map(|env| env.len() + 10).sum();
-    if bytes > MAX_IMAGE_ENV {
-        return Err(LaunchError::Environment {
+    let lists = [&image.entrypoint, &image.cmd, &image.env];
+    let strings = lists.into_iter().flatten().chain([&image.working_dir, &image.user]);
+    let bytes = strings.map(|text| text.len() + PER_STRING).sum();
+    if bytes > MAX_IMAGE_SETTINGS {
+        return Err(LaunchError::Settings {
             image: spec.image.clone(),
             bytes,
         });
@@ -246,6 +253,40 @@ mod tests {
         };
         let found = launch(&spec, &relative, |path| Some(path == "/opt/bin/tool")).unwrap();
         assert_eq!(found.program, "/opt/bin/tool");
+    }
+
+    #[test]
+    fn a_config_of_an_image_that_fits_into_no_frame_is_refused() {
+        let mut spec = check_spec(Some(wire_spec())).unwrap();
+        spec.entrypoint = None;
+        spec.args.clear();
+        let long = || "/".repeat(MAX_IMAGE_SETTINGS);
+        let hostile = [
+            ImageSettings {
+                entrypoint: vec![long()],
+                ..image()
+            },
+            ImageSettings {
+                cmd: vec![String::new(); 100_000],
+                ..image()
+            },
+            ImageSettings {
+                env: vec![long()],
+                ..image()
+            },
+            ImageSettings {
+                working_dir: long(),
+                ..image()
+            },
+            ImageSettings {
+                user: long(),
+                ..image()
+            },
+        ];
+        for image in hostile {
+            let launched = launch(&spec, &image, |_| Some(true));
+            assert!(matches!(launched, Err(LaunchError::Settings { .. })));
+        }
     }
 
     #[test]
