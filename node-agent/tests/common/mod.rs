@@ -144,6 +144,7 @@ impl Node {
     }
 
     /// A client for what people do inside agents.
+    #[allow(dead_code)] // Each test program compiles this file for itself; only one of them goes inside.
     pub(crate) async fn inside(&self) -> InsideClient<Channel> {
         connect_inside_unix(&self.at("run/node.sock")).await.unwrap()
     }

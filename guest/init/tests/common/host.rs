@@ -148,12 +148,25 @@ impl<'a> Host<'a> {
         Ok(())
     }
 
+    /// What each channel has brought so far: bytes and ends, not contents.
+    fn summary(&self) -> String {
+        let one = |(id, heard): (&u32, &Heard)| {
+            let (opened, end) = (heard.opened.is_some(), heard.end.as_ref().map(|end| format!("{end:?}")));
+            format!(
+                "{id}: opened {opened}, stdout {}, stderr {}, end {end:?}",
+                heard.stdout.len(),
+                heard.stderr.len()
+            )
+        };
+        self.channels.iter().map(one).collect::<Vec<_>>().join("; ")
+    }
+
     /// Goes on until `is_so`.
     pub fn until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
         while !is_so(self) {
             let event = self
                 .step()
-                .unwrap_or_else(|error| panic!("{what}: {error:#}; {:?}", self.channels));
+                .unwrap_or_else(|error| panic!("{what}: {error:#}; {}", self.summary()));
             assert!(event.is_some(), "{what}: the guest went away");
         }
     }
