@@ -607,9 +607,9 @@ fn greedy_channels_that_nobody_reads_delay_neither_logs_nor_the_exit() {
     host.pays = true;
     host.put(1000, "/tmp/go", "");
     host.entry(1000, TransferKind::File, "", 0o644, b"go");
-    host.entry(1000, TransferKind::End, "", 0, b"");
-    // One more than the limit.
+    // One more than the limit, while all others are surely open.
     host.exec(1001, &["payload"]);
+    host.entry(1000, TransferKind::End, "", 0, b"");
     let exit = loop {
         match host.step().unwrap().unwrap() {
             Event::Exit(exit) => break exit,

@@ -384,15 +384,18 @@ impl Channels {
         }
     }
 
-    pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
-        if self.has_more {
+    /// When to be asked again. Without `may_speak` only what needs no word to the host counts: processes to be killed.
+    pub(crate) fn deadline(&self, now: Instant, may_speak: bool) -> Option<Instant> {
+        if self.has_more && may_speak {
             return Some(now);
         }
         self.list
             .iter()
             .filter_map(|channel| match &channel.work {
-                Work::Exec(process) | Work::Orphan(process) => process.deadline(),
-                Work::Put(_) | Work::Get(_) | Work::Forward(_) | Work::Ended(_) => None,
+                Work::Exec(process) | Work::Orphan(process) if may_speak || !process.has_ended() => process.deadline(),
+                Work::Exec(_) | Work::Orphan(_) | Work::Put(_) | Work::Get(_) | Work::Forward(_) | Work::Ended(_) => {
+                    None
+                }
             })
             .min()
     }
@@ -413,8 +416,10 @@ impl Channels {
         for offset in 0..count {
             let at = (self.turn + offset) % count;
             if !link.has_room_for_channels() {
-                // Whoever did not get a turn is the first of the next round. The link wakes us.
+                // Whoever did not get a turn is the first of the next round, which is due as soon as there is room: the
+                // link may be flushed right after this, and then nothing else would wake us.
                 self.turn = at;
+                self.has_more = true;
                 break;
             }
             let channel = &mut self.list[at];

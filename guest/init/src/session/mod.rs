@@ -298,11 +298,7 @@ impl<'a> Session<'a> {
             State::Running(running) => running.stop.filter(|stop| !stop.killed).map(|stop| stop.kill_at),
             State::Exited(_) => Some(self.give_up_at()),
         };
-        let channels = if self.link.has_room_for_channels() {
-            self.channels.deadline(now)
-        } else {
-            None
-        };
+        let channels = self.channels.deadline(now, self.link.has_room_for_channels());
         [self.link.deadline(), beat, state, channels, self.agents.deadline(now)]
             .into_iter()
             .flatten()
