@@ -32,6 +32,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     sync::Arc,
+    time::{Duration, Instant},
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -186,6 +187,10 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     })
 }
 
+/// A far-node that was killed while it started a far-vmm leaves a copy of its lock in that child until exec: moments.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
+
 /// Holds the state folder for this process; the kernel lets go of it however the process ends.
 fn lock_state(folder: &Path) -> Result<File> {
     make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -196,13 +201,22 @@ fn lock_state(folder: &Path) -> Result<File> {
         .truncate(false)
         .open(&path)
         .with_context(|| format!("opening {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(
-            "another far-node uses {}: stop it, or use another --state-dir",
-            folder.display()
-        ),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    let give_up = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < give_up => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "another far-node uses {}: stop it, or use another --state-dir",
+                folder.display()
+            ),
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("locking {}", path.display()));
+            }
+        }
+        // Nothing is served yet, and a waiting lock has no time limit of its own.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(LOCK_PAUSE);
     }
 }
 
