@@ -86,6 +86,8 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct World {
     inner: Mutex<Inner>,
+    /// Placement's clock begins here.
+    begun: Instant,
     pub(crate) dirty: Arc<Dirty>,
     lost_after: Duration,
     fence_after: Duration,
@@ -104,6 +106,7 @@ impl World {
         };
         Self {
             inner: Mutex::new(inner),
+            begun: Instant::now(),
             dirty: Arc::default(),
             lost_after,
             fence_after,
@@ -205,7 +208,7 @@ impl World {
             agent.refused.retain(|_, at| at.elapsed() < REFUSAL);
             request.avoid = agent.refused.keys().cloned().collect::<BTreeSet<_>>();
         }
-        let placed = inner.placer.place(uid, &request);
+        let placed = inner.placer.place(uid, &request, self.begun.elapsed());
         if placed.is_err() {
             inner.pending.insert(uid.to_owned());
         } else {

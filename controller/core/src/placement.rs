@@ -1,337 +1,350 @@
 //! Chooses a blade for an agent: filter, score, reserve. One writer owns the [`Placer`].
 //!
+//! ```text
+//! Request ──► shape ──► index: best blocks of blades ──► 16 candidates + 2 at random ──► scores ──► reserved
+//!                             │ none fits                                                  (assumed, bound, confirmed)
+//!                             └──► full scan: blades counted by cause
+//! ```
+//!
 //! A reservation is made the moment a blade is chosen, before anything is written, and holds until the agent has ended
 //! or was placed elsewhere; so two agents chosen in one instant never get the same room.
 //!
-//! Invariant: the reservations made by [`Placer::place`] never exceed a blade's allocatable amounts.
+//! Invariant: the reservations made by [`Placer::place`] never exceed a blade's allocatable amounts times its overcommit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
+mod blade;
+mod explain;
+mod filters;
+mod fleet;
+mod index;
+mod labels;
+mod peers;
+mod queue;
+mod request;
+mod reservations;
+mod scheduler;
+mod scores;
+mod text;
 
-/// What placement knows of one blade.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Blade {
-    /// Heard of lately.
-    pub ready: bool,
-    /// Calls do not reach it, whatever it says of itself.
-    pub unreachable: bool,
-    /// Cordoned by an operator, or tainted.
-    pub cordoned: bool,
-    /// Taint keys that keep new agents away.
-    pub taints: BTreeSet<String>,
-    /// For node selectors.
-    pub labels: BTreeMap<String, String>,
-    /// Allocatable CPU, thousandths of a core.
-    pub cpu_millis: u64,
-    /// Allocatable memory, MiB.
-    pub memory_mib: u64,
-    /// Most microVMs at a time; 0: no own limit.
-    pub max_vms: u32,
-    /// References and digests of images in the blade's store.
-    pub images: BTreeSet<String>,
-}
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-/// What one agent needs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Request {
-    /// Thousandths of a core.
-    pub cpu_millis: u64,
-    /// MiB.
-    pub memory_mib: u64,
-    /// Image reference, for locality only.
-    pub image: String,
-    /// Labels a blade must have.
-    pub node_selector: BTreeMap<String, String>,
-    /// The only blade that will do.
-    pub node_name: Option<String>,
-    /// Blades not to use now: they refused lately.
-    pub avoid: BTreeSet<String>,
-}
+pub use self::{
+    blade::{Blade, Effect, Overcommit, Taint},
+    explain::{Explanation, Row},
+    filters::{Cause, Filter},
+    labels::{Labels, Operator, Requirement, Selector},
+    request::{AgentAffinity, AgentTerm, NodeAffinity, Packing, Pool, Request, Spread, Toleration},
+    scheduler::Scheduler,
+    scores::Scores,
+    text::Unschedulable,
+};
+use self::{
+    fleet::{Fleet, Slot},
+    index::{Index, mix},
+    peers::{Peers, Relations},
+    reservations::{Profile, Reservations, Stage},
+};
 
-/// Why one blade will not do; `Ord` is the order in which causes are looked at and said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs)] // Their texts follow.
-pub enum Cause {
-    OtherBladeNamed,
-    NotReady,
-    Unreachable,
-    Cordoned,
-    Tainted,
-    SelectorDiffers,
-    RefusedLately,
-    InsufficientCpu,
-    InsufficientMemory,
-    TooManyVms,
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::OtherBladeNamed => "not named by spec.nodeName",
-            Self::NotReady => "not ready",
-            Self::Unreachable => "not reachable",
-            Self::Cordoned => "unschedulable",
-            Self::Tainted => "tainted",
-            Self::SelectorDiffers => "didn't match spec.nodeSelector",
-            Self::RefusedLately => "refused lately",
-            Self::InsufficientCpu => "insufficient cpu",
-            Self::InsufficientMemory => "insufficient memory",
-            Self::TooManyVms => "too many microVMs",
-        })
-    }
-}
-
-/// No blade will do; the text counts blades by cause as kube-scheduler does.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}", self.text())]
-pub struct Unschedulable {
-    /// Blades looked at.
-    pub blades: usize,
-    /// How many of them have each cause; one blade may have several.
-    pub causes: BTreeMap<Cause, usize>,
-    /// Sentences about requests that no blade could ever hold.
-    pub never: Vec<String>,
-}
-
-impl Unschedulable {
-    fn text(&self) -> String {
-        let mut text = format!("0/{} blades are available", self.blades);
-        let mut counted: Vec<_> = self.causes.iter().collect();
-        counted.sort_by_key(|(cause, count)| (std::cmp::Reverse(**count), **cause));
-        for (index, (cause, count)) in counted.into_iter().enumerate() {
-            text += &format!("{} {count} {cause}", if index == 0 { ":" } else { "," });
-        }
-        text += ".";
-        for sentence in &self.never {
-            text += &format!(" {sentence}");
-        }
-        text
-    }
-}
-
-/// Room taken on one blade.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Reservation {
-    blade: String,
-    cpu_millis: u64,
-    memory_mib: u64,
-}
-
-#[derive(Debug, Default)]
-struct Used {
-    cpu_millis: u64,
-    memory_mib: u64,
-    vms: u32,
-}
+/// A failure counts against its blade for this long.
+const FAILURE_MEMORY: Duration = Duration::from_secs(300);
+/// Failures that are remembered at most; a flood of them tells no more.
+const MAX_FAILURES: usize = 65_536;
 
 /// All blades and what is reserved on them.
 #[derive(Debug)]
 pub struct Placer {
-    blades: BTreeMap<String, Blade>,
-    used: HashMap<String, Used>,
-    reservations: HashMap<String, Reservation>,
+    fleet: Fleet,
+    reservations: Reservations,
+    index: Index,
+    peers: Peers,
+    packing: Packing,
+    /// When a failure is forgiven, and whose it was; oldest first.
+    failures: VecDeque<(Duration, Arc<str>)>,
     seed: u64,
+}
+
+/// What one request needs to be told of the others.
+#[derive(Debug)]
+struct Prepared {
+    shape: u64,
+    relations: Relations,
 }
 
 impl Placer {
     /// `seed` decides ties, and nothing else: the same seed and calls give the same placements.
     #[must_use]
     pub fn new(seed: u64) -> Self {
+        Self::with_packing(seed, Packing::default())
+    }
+
+    /// With a packing for requests that name none.
+    #[must_use]
+    pub fn with_packing(seed: u64, packing: Packing) -> Self {
         Self {
-            blades: BTreeMap::new(),
-            used: HashMap::new(),
-            reservations: HashMap::new(),
+            fleet: Fleet::default(),
+            reservations: Reservations::default(),
+            index: Index::default(),
+            peers: Peers::default(),
+            packing,
+            failures: VecDeque::new(),
             seed,
         }
     }
 
     /// Adds or replaces a blade; true when something changed. Reservations stay.
     pub fn upsert_blade(&mut self, name: &str, blade: Blade) -> bool {
-        if self.blades.get(name) == Some(&blade) {
+        let number = self.fleet.enter(name);
+        let known = self.fleet.blade(number).map(|(_, known)| known);
+        if known == Some(&blade) {
             return false;
         }
-        self.blades.insert(name.to_owned(), blade);
+        let is_in_use = self.fleet.slot(number).is_some_and(|slot| slot.used.vms > 0);
+        if is_in_use && known.map(|known| &known.labels) != Some(&blade.labels) {
+            self.peers.distrust();
+        }
+        self.fleet.set_blade(number, Some(blade));
+        self.index.blade_changed(&self.fleet, number);
         true
     }
 
     /// Forgets a blade. Reservations on it stay: its agents may still run.
     pub fn remove_blade(&mut self, name: &str) {
-        self.blades.remove(name);
+        let Some(number) = self.fleet.number(name) else { return };
+        self.fleet.set_blade(number, None);
+        self.index.blade_changed(&self.fleet, number);
+        self.peers.distrust();
     }
 
     /// Whether a blade of this name is known and ready.
     #[must_use]
     pub fn is_ready(&self, name: &str) -> bool {
-        self.blades.get(name).is_some_and(|blade| blade.ready)
+        let blade = self.fleet.number(name).and_then(|number| self.fleet.blade(number));
+        blade.is_some_and(|(_, blade)| blade.ready)
     }
 
-    /// Notes that `uid` holds room on `blade`: what the API says after a restart. Never refused: it is so already.
+    /// Notes that `uid` holds room on `blade`: what the API says, after a restart too. Never refused: it is so already.
     pub fn reserve(&mut self, uid: &str, blade: &str, request: &Request) {
-        let wanted = Reservation {
-            blade: blade.to_owned(),
-            cpu_millis: request.cpu_millis,
-            memory_mib: request.memory_mib,
-        };
-        if self.reservations.get(uid) == Some(&wanted) {
+        if let Some(number) = self.fleet.number(blade)
+            && self.reservations.has(uid, number, request)
+        {
+            self.reservations.advance(&mut self.fleet, uid, Stage::Bound);
             return;
         }
         self.release(uid);
-        let used = self.used.entry(blade.to_owned()).or_default();
-        used.cpu_millis = used.cpu_millis.saturating_add(wanted.cpu_millis);
-        used.memory_mib = used.memory_mib.saturating_add(wanted.memory_mib);
-        used.vms = used.vms.saturating_add(1);
-        self.reservations.insert(uid.to_owned(), wanted);
+        let number = self.fleet.enter(blade);
+        self.take(uid, number, request, Stage::Bound);
+    }
+
+    /// The microVM of `uid` is up: it no longer counts among its blade's starts. Answers the blade where that is news.
+    pub fn confirm(&mut self, uid: &str) -> Option<&str> {
+        let number = self.reservations.advance(&mut self.fleet, uid, Stage::Confirmed)?;
+        self.index.load_changed(number);
+        self.fleet.slot(number).map(|slot| &*slot.name)
     }
 
     /// Gives the room of `uid` back; true when it held any.
     pub fn release(&mut self, uid: &str) -> bool {
-        let Some(held) = self.reservations.remove(uid) else {
-            return false;
-        };
-        if let Some(used) = self.used.get_mut(&held.blade) {
-            used.cpu_millis = used.cpu_millis.saturating_sub(held.cpu_millis);
-            used.memory_mib = used.memory_mib.saturating_sub(held.memory_mib);
-            used.vms = used.vms.saturating_sub(1);
-            if used.vms == 0 {
-                self.used.remove(&held.blade);
-            }
-        }
-        true
+        self.take_back(uid).is_some()
+    }
+
+    /// Gives the room of `uid` back; answers its blade, and who it was to the terms of others.
+    fn take_back(&mut self, uid: &str) -> Option<(Arc<str>, Arc<Profile>)> {
+        let name = self.fleet.slot(self.reservations.get(uid)?.number)?.name.clone();
+        let held = self.reservations.remove(&mut self.fleet, uid)?;
+        self.peers.went(&self.fleet, &held);
+        self.index.load_changed(held.number);
+        Some((name, held.profile))
     }
 
     /// Blade on which `uid` holds room.
     #[must_use]
     pub fn reserved_on(&self, uid: &str) -> Option<&str> {
-        self.reservations.get(uid).map(|held| held.blade.as_str())
+        let held = self.reservations.get(uid)?;
+        self.fleet.slot(held.number).map(|slot| &*slot.name)
     }
 
-    /// Chooses a blade and reserves its room. An agent that holds room keeps its blade: asking twice is asking once.
+    /// Agents whose blade was chosen before `moment` and for which nothing was written since: whoever asked for them
+    /// has forgotten them.
+    #[must_use]
+    pub fn assumed_before(&self, moment: Duration) -> Vec<String> {
+        self.reservations.assumed_before(moment)
+    }
+
+    /// A start on this blade failed at `now`; for some minutes others are rather tried.
+    pub fn note_failure(&mut self, blade: &str, now: Duration) {
+        let Some(number) = self.fleet.number(blade) else { return };
+        if self.failures.len() >= MAX_FAILURES {
+            return;
+        }
+        let Some(slot) = self.fleet.slot(number) else { return };
+        self.failures.push_back((now + FAILURE_MEMORY, slot.name.clone()));
+        self.fleet.change(number, |slot| slot.failures += 1);
+        self.index.load_changed(number);
+    }
+
+    fn forgive(&mut self, now: Duration) {
+        while self.failures.front().is_some_and(|(until, _)| *until <= now) {
+            let Some((_, name)) = self.failures.pop_front() else {
+                return;
+            };
+            if let Some(number) = self.fleet.number(&name) {
+                self.fleet
+                    .change(number, |slot| slot.failures = slot.failures.saturating_sub(1));
+                self.index.load_changed(number);
+            }
+        }
+    }
+
+    /// Chooses a blade and reserves its room. An agent that holds room keeps its blade: asking twice is asking once,
+    /// unless the choice was not written yet and its blade will not do any more. `now` is on any clock that only grows.
     ///
     /// # Errors
     /// No blade will do; nothing was reserved.
-    pub fn place(&mut self, uid: &str, request: &Request) -> Result<String, Unschedulable> {
-        if let Some(held) = self.reservations.get(uid) {
-            return Ok(held.blade.clone());
+    pub fn place(&mut self, uid: &str, request: &Request, now: Duration) -> Result<String, Unschedulable> {
+        self.forgive(now);
+        if let Some(kept) = self.keep(uid, request, now) {
+            return Ok(kept);
         }
-        let mut causes = BTreeMap::new();
-        let mut best: Option<(u64, u64, &String)> = None;
-        for (name, blade) in &self.blades {
-            let against = self.causes(name, blade, request);
-            if against.is_empty() {
-                let candidate = (self.score(name, blade, request), tie(self.seed, uid, name), name);
-                if best.is_none_or(|best| (candidate.0, candidate.1) > (best.0, best.1)) {
-                    best = Some(candidate);
-                }
+        let prepared = self.prepare(request);
+        match self.choose(uid, request, &prepared) {
+            Some(number) => {
+                self.take(uid, number, request, Stage::Assumed(now));
+                Ok(self.name(number))
             }
-            for cause in against {
-                *causes.entry(cause).or_insert(0) += 1;
-            }
-        }
-        match best.map(|(_, _, name)| name.clone()) {
-            Some(name) => {
-                self.reserve(uid, &name, request);
-                Ok(name)
-            }
-            None => Err(Unschedulable {
-                blades: self.blades.len(),
-                causes,
-                never: self.never(request),
-            }),
+            None => Err(self.count_causes(request, &prepared)),
         }
     }
 
-    fn causes(&self, name: &str, blade: &Blade, request: &Request) -> Vec<Cause> {
-        if request.node_name.as_deref().is_some_and(|wanted| wanted != name) {
+    /// Whether this blade would take the agent now.
+    pub fn would_take(&mut self, blade: &str, request: &Request) -> bool {
+        let Some(number) = self.fleet.number(blade) else {
+            return false;
+        };
+        let is_likely = self.fleet.rooms()[number as usize].fits(request);
+        let Some((_, known)) = self.fleet.blade(number).filter(|_| is_likely) else {
+            return false;
+        };
+        known.refuses(request).is_none() && {
+            let prepared = self.prepare(request);
+            self.fits(number, request, &prepared)
+        }
+    }
+
+    fn keep(&mut self, uid: &str, request: &Request, now: Duration) -> Option<String> {
+        let held = self.reservations.get(uid)?;
+        let blade = self.fleet.blade(held.number);
+        let is_good =
+            blade.is_some_and(|(slot, blade)| blade.refuses(request).is_none() && !request.avoid.contains(&*slot.name));
+        let number = held.number;
+        if is_good || !matches!(held.stage, Stage::Assumed(_)) {
+            self.reservations.renew(uid, now);
+            return Some(self.name(number));
+        }
+        self.release(uid);
+        None
+    }
+
+    fn take(&mut self, uid: &str, number: u32, request: &Request, stage: Stage) {
+        let forbidden = self.peers.shared(&request.agents.forbidden);
+        let held = self
+            .reservations
+            .add(&mut self.fleet, uid, number, request, forbidden, stage);
+        self.peers.came(&self.fleet, held);
+        self.index.load_changed(number);
+    }
+
+    fn packing(&self, request: &Request) -> Packing {
+        request.packing.unwrap_or(self.packing)
+    }
+
+    fn name(&self, number: u32) -> String {
+        self.fleet
+            .slot(number)
+            .map(|slot| slot.name.to_string())
+            .unwrap_or_default()
+    }
+
+    fn prepare(&mut self, request: &Request) -> Prepared {
+        let packing = self.packing(request);
+        let shape = self.index.shape(&self.fleet, request, packing);
+        let (fleet, index) = (&self.fleet, &mut self.index);
+        let relations = self
+            .peers
+            .relations(fleet, &self.reservations, request, |topology_key| {
+                index.domains(fleet, shape, topology_key)
+            });
+        Prepared { shape, relations }
+    }
+
+    fn choose(&mut self, uid: &str, request: &Request, prepared: &Prepared) -> Option<u32> {
+        if self.pool_cause(request).is_some() {
+            return None;
+        }
+        if let Some(name) = &request.node_name {
+            let number = self.fleet.number(name)?;
+            return self.fits(number, request, prepared).then_some(number);
+        }
+        let salt = uid
+            .bytes()
+            .fold(mix(self.seed), |salt, byte| mix(salt ^ u64::from(byte)));
+        let (fleet, peers) = (&self.fleet, &self.peers);
+        let accepts = |number| accepts(fleet, peers, number, request, prepared);
+        let candidates = self
+            .index
+            .candidates(prepared.shape, fleet.rooms(), request, salt, accepts);
+        let packing = self.packing(request);
+        let worth = |number: u32| {
+            let (slot, blade) = fleet.blade(number)?;
+            let scores = scores::score(slot, blade, request, packing, &prepared.relations, peers);
+            Some((scores.total(), mix(salt ^ u64::from(number))))
+        };
+        candidates.into_iter().max_by_key(|number| worth(*number))
+    }
+
+    /// Whether one blade will do.
+    fn fits(&self, number: u32, request: &Request, prepared: &Prepared) -> bool {
+        let blade = self.fleet.blade(number);
+        blade.is_some_and(|(slot, blade)| self.causes(number, slot, blade, request, prepared).is_empty())
+    }
+
+    /// Why a blade will not do; empty: it will.
+    fn causes(&self, number: u32, slot: &Slot, blade: &Blade, request: &Request, prepared: &Prepared) -> Vec<Cause> {
+        if request.node_name.as_deref().is_some_and(|wanted| *wanted != *slot.name) {
             return vec![Cause::OtherBladeNamed];
         }
-        if !blade.ready {
-            return vec![Cause::NotReady];
+        if let Some(cause) = blade.refuses(request) {
+            return vec![cause];
         }
-        if blade.unreachable {
-            return vec![Cause::Unreachable];
+        let room = &self.fleet.rooms()[number as usize];
+        let mut causes = filters::lacks(slot, blade, room, request);
+        if causes.is_empty() {
+            let of_agents = prepared
+                .relations
+                .causes(&self.peers, blade)
+                .chain(self.pool_cause(request));
+            causes.extend(of_agents.take(1));
         }
-        if blade.cordoned {
-            return vec![Cause::Cordoned];
-        }
-        if !blade.taints.is_empty() {
-            return vec![Cause::Tainted];
-        }
-        if request
-            .node_selector
-            .iter()
-            .any(|(key, value)| blade.labels.get(key) != Some(value))
-        {
-            return vec![Cause::SelectorDiffers];
-        }
-        let idle = Used::default();
-        let used = self.used.get(name).unwrap_or(&idle);
-        let mut causes = Vec::new();
-        if used.cpu_millis.saturating_add(request.cpu_millis) > blade.cpu_millis {
-            causes.push(Cause::InsufficientCpu);
-        }
-        if used.memory_mib.saturating_add(request.memory_mib) > blade.memory_mib {
-            causes.push(Cause::InsufficientMemory);
-        }
-        if blade.max_vms > 0 && used.vms >= blade.max_vms {
-            causes.push(Cause::TooManyVms);
-        }
-        if causes.is_empty() && request.avoid.contains(name) {
+        if causes.is_empty() && request.avoid.contains(&*slot.name) {
             causes.push(Cause::RefusedLately);
         }
         causes
     }
 
-    /// 0 to 1100: the mean free share of CPU and memory after placing (least allocated first), and 100 for an image that
-    /// need not be fetched.
-    fn score(&self, name: &str, blade: &Blade, request: &Request) -> u64 {
-        let idle = Used::default();
-        let used = self.used.get(name).unwrap_or(&idle);
-        let free = |total: u64, used: u64, wanted: u64| {
-            let left = u128::from(total.saturating_sub(used).saturating_sub(wanted));
-            u64::try_from(left * 1000 / u128::from(total.max(1))).unwrap_or(1000)
-        };
-        let cpu = free(blade.cpu_millis, used.cpu_millis, request.cpu_millis);
-        let memory = free(blade.memory_mib, used.memory_mib, request.memory_mib);
-        let local = if blade.images.contains(&request.image) { 100 } else { 0 };
-        u64::midpoint(cpu, memory) + local
-    }
-
-    fn never(&self, request: &Request) -> Vec<String> {
-        let mut sentences = Vec::new();
-        let most = |amount: fn(&Blade) -> u64| self.blades.values().map(amount).max().unwrap_or(0);
-        let (cpu, memory) = (most(|blade| blade.cpu_millis), most(|blade| blade.memory_mib));
-        if !self.blades.is_empty() && request.cpu_millis > cpu {
-            sentences.push(format!(
-                "spec.cpu ({}m) is more than any blade has ({cpu}m).",
-                request.cpu_millis
-            ));
-        }
-        if !self.blades.is_empty() && request.memory_mib > memory {
-            sentences.push(format!(
-                "spec.memory ({} MiB) is more than any blade has ({memory} MiB).",
-                request.memory_mib
-            ));
-        }
-        if let Some(name) = request
-            .node_name
-            .as_ref()
-            .filter(|name| !self.blades.contains_key(*name))
-        {
-            sentences.push(format!("spec.nodeName: there is no blade {name:?}."));
-        }
-        sentences
+    /// The agent's pool has as many agents as it may.
+    fn pool_cause(&self, request: &Request) -> Option<Cause> {
+        let pool = request.pool.as_ref()?;
+        let is_full = pool.max.is_some_and(|max| self.reservations.of_pool(&pool.name) >= max);
+        is_full.then(|| Cause::PoolFull(pool.name.clone()))
     }
 }
 
-/// FNV-1a over seed, uid and blade, then a finaliser: spreads ties without an order of names.
-fn tie(seed: u64, uid: &str, blade: &str) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64 ^ seed;
-    for byte in uid.bytes().chain([0]).chain(blade.bytes()) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-    hash ^= hash >> 33;
-    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    hash ^ (hash >> 33)
+/// What the index does not know of a blade that has room: its devices, the agents around it, a refusal.
+fn accepts(fleet: &Fleet, peers: &Peers, number: u32, request: &Request, prepared: &Prepared) -> bool {
+    let Some((slot, blade)) = fleet.blade(number) else {
+        return false;
+    };
+    (request.avoid.is_empty() || !request.avoid.contains(&*slot.name))
+        && (request.extended.is_empty() || filters::lacks_extended(slot, blade, request).next().is_none())
+        && prepared.relations.causes(peers, blade).next().is_none()
 }
 
 #[cfg(test)]

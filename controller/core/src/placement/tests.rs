@@ -1,6 +1,15 @@
+use std::collections::{BTreeSet, HashMap};
+
 use proptest::prelude::*;
 
 use super::*;
+
+mod agents;
+mod index_model;
+mod parts;
+mod waiting;
+
+const NOW: Duration = Duration::ZERO;
 
 fn blade(cpu_millis: u64, memory_mib: u64) -> Blade {
     Blade {
@@ -20,6 +29,14 @@ fn request(cpu_millis: u64, memory_mib: u64) -> Request {
     }
 }
 
+fn taint(key: &str, value: &str, effect: Effect) -> Taint {
+    Taint {
+        key: key.into(),
+        value: value.into(),
+        effect,
+    }
+}
+
 fn with(blades: &[(&str, Blade)]) -> Placer {
     let mut placer = Placer::new(7);
     for (name, blade) in blades {
@@ -31,15 +48,15 @@ fn with(blades: &[(&str, Blade)]) -> Placer {
 #[test]
 fn the_emptiest_blade_wins_and_a_local_image_decides_between_equals() {
     let mut placer = with(&[("a", blade(4000, 4096)), ("b", blade(4000, 4096))]);
-    let first = placer.place("1", &request(1000, 1024)).unwrap();
-    let second = placer.place("2", &request(1000, 1024)).unwrap();
+    let first = placer.place("1", &request(1000, 1024), NOW).unwrap();
+    let second = placer.place("2", &request(1000, 1024), NOW).unwrap();
     assert_ne!(first, second);
     let local = Blade {
-        images: ["image".to_owned()].into(),
+        images: [("image".to_owned(), 0)].into(),
         ..blade(4000, 4096)
     };
     let mut placer = with(&[("a", blade(4000, 4096)), ("b", local), ("c", blade(4000, 4096))]);
-    assert_eq!(placer.place("1", &request(1000, 1024)).unwrap(), "b");
+    assert_eq!(placer.place("1", &request(1000, 1024), NOW).unwrap(), "b");
 }
 
 #[test]
@@ -55,13 +72,13 @@ fn the_message_counts_blades_by_cause_most_first() {
             },
         ),
     ]);
-    let error = placer.place("1", &request(1000, 512)).unwrap_err();
+    let error = placer.place("1", &request(1000, 512), NOW).unwrap_err();
     assert_eq!(
         error.to_string(),
         "0/3 blades are available: 2 insufficient memory, 1 not ready."
     );
     assert_eq!(
-        with(&[]).place("1", &request(1, 1)).unwrap_err().to_string(),
+        with(&[]).place("1", &request(1, 1), NOW).unwrap_err().to_string(),
         "0/0 blades are available."
     );
 }
@@ -70,7 +87,7 @@ fn the_message_counts_blades_by_cause_most_first() {
 fn a_request_that_no_blade_could_ever_hold_says_so_and_names_the_field() {
     let mut placer = with(&[("a", blade(4000, 4096))]);
     let error = placer
-        .place("1", &request(5_000_000, 943_718_400))
+        .place("1", &request(5_000_000, 943_718_400), NOW)
         .unwrap_err()
         .to_string();
     assert!(
@@ -115,24 +132,24 @@ fn every_filter_keeps_its_blade_out_and_is_named() {
         (
             "tainted",
             Blade {
-                taints: ["gpu".to_owned()].into(),
+                taints: vec![taint("gpu", "", Effect::NoSchedule)],
                 ..base.clone()
             },
             request(1, 1),
-            "1 tainted",
+            "1 had untolerated taint {gpu}",
         ),
         ("selector", base.clone(), labelled, "1 didn't match spec.nodeSelector"),
         ("named", base.clone(), named, "there is no blade \"other\""),
         ("refused", base.clone(), avoiding, "1 refused lately"),
         ("cpu", base.clone(), request(4001, 1), "1 insufficient cpu"),
     ] {
-        let error = with(&[("a", blade)]).place("1", &request).unwrap_err().to_string();
+        let error = with(&[("a", blade)]).place("1", &request, NOW).unwrap_err().to_string();
         assert!(error.contains(text), "{why}: {error}");
     }
     let mut full = with(&[("a", Blade { max_vms: 1, ..base })]);
-    full.place("1", &request(1, 1)).unwrap();
+    full.place("1", &request(1, 1), NOW).unwrap();
     assert!(
-        full.place("2", &request(1, 1))
+        full.place("2", &request(1, 1), NOW)
             .unwrap_err()
             .to_string()
             .contains("1 too many microVMs")
@@ -142,12 +159,12 @@ fn every_filter_keeps_its_blade_out_and_is_named() {
 #[test]
 fn asking_twice_is_asking_once_and_released_room_is_free_again() {
     let mut placer = with(&[("a", blade(1000, 512))]);
-    assert_eq!(placer.place("1", &request(1000, 512)).unwrap(), "a");
-    assert_eq!(placer.place("1", &request(1000, 512)).unwrap(), "a");
-    assert!(placer.place("2", &request(1000, 512)).is_err());
+    assert_eq!(placer.place("1", &request(1000, 512), NOW).unwrap(), "a");
+    assert_eq!(placer.place("1", &request(1000, 512), NOW).unwrap(), "a");
+    assert!(placer.place("2", &request(1000, 512), NOW).is_err());
     assert!(placer.release("1"));
     assert!(!placer.release("1"));
-    assert_eq!(placer.place("2", &request(1000, 512)).unwrap(), "a");
+    assert_eq!(placer.place("2", &request(1000, 512), NOW).unwrap(), "a");
 }
 
 #[test]
@@ -159,7 +176,7 @@ fn the_same_seed_places_the_same_way_and_ties_are_not_decided_by_name() {
             placer.upsert_blade(name, blade.clone());
         }
         (0..4)
-            .map(|uid| placer.place(&uid.to_string(), &request(100, 64)).unwrap())
+            .map(|uid| placer.place(&uid.to_string(), &request(100, 64), NOW).unwrap())
             .collect()
     };
     assert_eq!(run(1), run(1));
@@ -194,8 +211,15 @@ proptest! {
             match step {
                 Step::Place(uid, cpu, memory) => {
                     let uid = uid.to_string();
-                    if let Ok(name) = placer.place(&uid, &request(cpu, memory)) {
-                        held.entry(uid).or_insert((name, cpu, memory));
+                    match placer.place(&uid, &request(cpu, memory), NOW) {
+                        Ok(name) if held.get(&uid).is_some_and(|known| known.0 == name) => {}
+                        Ok(name) => {
+                            held.insert(uid, (name, cpu, memory));
+                        }
+                        // It had a blade that is not ready any more, and there is no other.
+                        Err(_) => {
+                            held.remove(&uid);
+                        }
                     }
                 }
                 Step::Release(uid) => {
@@ -214,6 +238,7 @@ proptest! {
         for uid in held.keys() {
             placer.release(uid);
         }
-        prop_assert!(placer.used.is_empty() && placer.reservations.is_empty());
+        prop_assert!(placer.reservations.is_empty());
+        prop_assert!(placer.fleet.blades().all(|(_, slot, _)| slot.used == Default::default()));
     }
 }

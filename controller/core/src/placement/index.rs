@@ -1,0 +1,378 @@
+//! Finds good blades without looking at all of them.
+//!
+//! Requests that ask the same of a blade itself (selector, affinity, tolerations, image, pool and the like) have one
+//! shape. For each shape the index keeps one key per blade, 0 where the blade is filtered out, else what it is worth by
+//! its load and by what lasts; and the greatest key of each block of 64 blades. A search looks at the best blocks only.
+//! Changes are noted once and caught up by a shape when it is used.
+//!
+//! Invariant: a search finds a blade that fits and is accepted whenever there is one: it goes on through all blocks.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use super::{
+    blade::Blade,
+    fleet::{Fleet, Room},
+    labels::Labels,
+    request::{NodeAffinity, Packing, Request, Toleration},
+    scores,
+};
+
+/// Blades per block.
+const BLOCK: usize = 64;
+/// Blocks that are looked at even where the first already gave enough.
+const FIRST_BLOCKS: usize = 4;
+/// Candidates of one search.
+const CANDIDATES: usize = 16;
+/// Blades taken at random beside them.
+const RANDOM: u64 = 2;
+/// Shapes that are kept; one costs 8 bytes per blade.
+const MAX_SHAPES: usize = 64;
+/// Keys are worth plus this, so that 0 means "filtered out"; more than anything that counts against a blade.
+const BASE: i32 = 4000;
+/// Instead of a worth: filtered out.
+const OUT: i32 = i32::MIN;
+
+/// What makes the shape of a request.
+#[derive(Hash, PartialEq)]
+struct View<'a> {
+    selector: &'a Labels,
+    affinity: &'a NodeAffinity,
+    tolerations: &'a [Toleration],
+    extended: &'a BTreeMap<String, u64>,
+    image: &'a str,
+    snapshot: Option<&'a str>,
+    pool: Option<&'a str>,
+    packing: Packing,
+}
+
+impl<'a> View<'a> {
+    fn of(request: &'a Request, fleet: &Fleet, packing: Packing) -> Self {
+        // An image that no blade has tells no blades apart: agents with ever new images share a shape.
+        let is_there = fleet.has_image(&request.image);
+        Self::with(request, if is_there { &request.image } else { "" }, packing)
+    }
+
+    fn with(request: &'a Request, image: &'a str, packing: Packing) -> Self {
+        Self {
+            selector: &request.node_selector,
+            affinity: &request.node_affinity,
+            tolerations: &request.tolerations,
+            extended: &request.extended,
+            image,
+            snapshot: request.snapshot.as_deref(),
+            pool: request.pool.as_ref().map(|pool| pool.name.as_str()),
+            packing,
+        }
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// One shape and its keys.
+#[derive(Debug)]
+struct Shape {
+    /// A request of this shape; its image is empty where no blade has it.
+    request: Request,
+    packing: Packing,
+    /// Worth that lasts, by slot; [`OUT`] where filtered out.
+    lasting: Vec<i32>,
+    keys: Vec<u32>,
+    /// Greatest key of each block.
+    greatest: Vec<u32>,
+    /// Changes that are in the keys.
+    caught_up: u64,
+    used: u64,
+    /// Domains of the blades that are not filtered out, by topology key.
+    domains: HashMap<String, Arc<BTreeSet<String>>>,
+}
+
+impl Shape {
+    fn new(request: &Request, image: &str, packing: Packing, fleet: &Fleet) -> Self {
+        let request = Request {
+            image: image.to_owned(),
+            ..request.clone()
+        };
+        let mut shape = Self {
+            request,
+            packing,
+            lasting: vec![OUT; fleet.len()],
+            keys: vec![0; fleet.len()],
+            greatest: vec![0; fleet.len().div_ceil(BLOCK)],
+            caught_up: 0,
+            used: 0,
+            domains: HashMap::new(),
+        };
+        for (number, _, blade) in fleet.blades() {
+            shape.judge(number, Some(blade));
+        }
+        shape.rebuild(fleet.rooms());
+        shape
+    }
+
+    /// What the blade is to requests of this shape, apart from its load.
+    fn judge(&mut self, number: u32, blade: Option<&Blade>) {
+        let at = number as usize;
+        if at >= self.lasting.len() {
+            self.lasting.resize(at + 1, OUT);
+            self.keys.resize(at + 1, 0);
+            self.greatest.resize((at + 1).div_ceil(BLOCK), 0);
+        }
+        self.lasting[at] = match blade {
+            Some(blade) if blade.refuses(&self.request).is_none() => scores::lasting_total(blade, &self.request),
+            Some(_) | None => OUT,
+        };
+        self.domains.clear();
+    }
+
+    fn key(&self, at: usize, room: &Room) -> u32 {
+        if self.lasting[at] == OUT {
+            return 0;
+        }
+        let worth = BASE + self.lasting[at] + scores::passing_total(room, self.packing);
+        worth.max(1).unsigned_abs()
+    }
+
+    fn rebuild(&mut self, rooms: &[Room]) {
+        for (at, room) in rooms.iter().enumerate().take(self.lasting.len()) {
+            self.keys[at] = self.key(at, room);
+        }
+        for (block, keys) in self.keys.chunks(BLOCK).enumerate() {
+            self.greatest[block] = keys.iter().copied().max().unwrap_or(0);
+        }
+    }
+
+    fn renew(&mut self, at: usize, room: &Room) {
+        if at >= self.keys.len() {
+            // Reserved on, but not known as a blade yet.
+            return;
+        }
+        let key = self.key(at, room);
+        let old = std::mem::replace(&mut self.keys[at], key);
+        let block = at / BLOCK;
+        if key >= self.greatest[block] {
+            self.greatest[block] = key;
+        } else if old == self.greatest[block] {
+            let end = self.keys.len().min((block + 1) * BLOCK);
+            self.greatest[block] = self.keys[block * BLOCK..end].iter().copied().max().unwrap_or(0);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    shapes: HashMap<u64, Shape>,
+    /// Slots whose load changed, oldest first; `forgotten` more came before them.
+    changes: Vec<u32>,
+    forgotten: u64,
+    clock: u64,
+    /// Blocks of one search with their greatest keys; kept for its memory.
+    blocks: Vec<(u32, u32)>,
+}
+
+impl Index {
+    /// The blade itself changed, came or went; its load may have, too.
+    pub(super) fn blade_changed(&mut self, fleet: &Fleet, number: u32) {
+        let blade = fleet.blade(number).map(|(_, blade)| blade);
+        for shape in self.shapes.values_mut() {
+            shape.judge(number, blade);
+        }
+        self.load_changed(number);
+    }
+
+    /// What is reserved on the blade changed.
+    pub(super) fn load_changed(&mut self, number: u32) {
+        if self.shapes.is_empty() {
+            return;
+        }
+        self.changes.push(number);
+        // A shape that is further behind than this makes all its keys anew: that is as quick.
+        let longest = self.shapes.values().next().map_or(0, |shape| shape.keys.len() / 4) + BLOCK;
+        if self.changes.len() > longest {
+            self.forgotten += self.changes.len() as u64;
+            self.changes.clear();
+        }
+    }
+
+    /// Domains of a topology key among the blades that are not filtered out for what they are.
+    pub(super) fn domains(&mut self, fleet: &Fleet, shape: u64, topology_key: &str) -> Arc<BTreeSet<String>> {
+        let Some(shape) = self.shapes.get_mut(&shape) else {
+            return Arc::default();
+        };
+        if let Some(known) = shape.domains.get(topology_key) {
+            return known.clone();
+        }
+        let open = fleet
+            .blades()
+            .filter(|(number, ..)| shape.lasting.get(*number as usize).is_some_and(|one| *one != OUT));
+        let domains = open.filter_map(|(_, _, blade)| blade.labels.get(topology_key).cloned());
+        let domains: Arc<BTreeSet<String>> = Arc::new(domains.collect());
+        shape.domains.insert(topology_key.to_owned(), domains.clone());
+        domains
+    }
+
+    /// The shape of a request, with its keys made or brought up to date.
+    pub(super) fn shape(&mut self, fleet: &Fleet, request: &Request, packing: Packing) -> u64 {
+        let view = View::of(request, fleet, packing);
+        let id = view.fingerprint();
+        self.clock += 1;
+        let newest = self.forgotten + self.changes.len() as u64;
+        let is_known = self
+            .shapes
+            .get(&id)
+            .is_some_and(|shape| View::with(&shape.request, &shape.request.image, shape.packing) == view);
+        if !is_known {
+            self.make_room();
+            let mut shape = Shape::new(request, view.image, packing, fleet);
+            shape.caught_up = newest;
+            self.shapes.insert(id, shape);
+        }
+        if let Some(shape) = self.shapes.get_mut(&id) {
+            match shape.caught_up.checked_sub(self.forgotten) {
+                Some(known) => {
+                    for number in &self.changes[usize::try_from(known).unwrap_or(usize::MAX).min(self.changes.len())..]
+                    {
+                        shape.renew(*number as usize, &fleet.rooms()[*number as usize]);
+                    }
+                }
+                None => shape.rebuild(fleet.rooms()),
+            }
+            shape.caught_up = newest;
+            shape.used = self.clock;
+        }
+        id
+    }
+
+    /// Forgets the shape that was not used for longest where there are too many.
+    fn make_room(&mut self) {
+        if self.shapes.len() < MAX_SHAPES {
+            return;
+        }
+        let oldest = self
+            .shapes
+            .iter()
+            .min_by_key(|(_, shape)| shape.used)
+            .map(|(id, _)| *id);
+        if let Some(oldest) = oldest {
+            self.shapes.remove(&oldest);
+        }
+    }
+
+    /// Blades with room for the request that `accepts` takes: the best by their keys, and a few at random. `salt` decides
+    /// between equal keys, and which are the random ones.
+    pub(super) fn candidates(
+        &mut self,
+        shape: u64,
+        rooms: &[Room],
+        request: &Request,
+        salt: u64,
+        mut accepts: impl FnMut(u32) -> bool,
+    ) -> Vec<u32> {
+        let Some(shape) = self.shapes.get(&shape) else {
+            return Vec::new();
+        };
+        let mut best = Best::default();
+        let mut look_at = |block: u32, best: &mut Best| {
+            let start = block as usize * BLOCK;
+            let keys = &shape.keys[start..shape.keys.len().min(start + BLOCK)];
+            for (at, key) in (start..).zip(keys) {
+                if *key < best.least || *key == 0 || !rooms[at].fits(request) {
+                    continue;
+                }
+                let number = u32::try_from(at).unwrap_or(u32::MAX);
+                let rank = u64::from(*key) << 32 | mix(salt ^ at as u64) >> 32;
+                if rank > best.floor && accepts(number) {
+                    best.add(rank, number);
+                }
+            }
+        };
+        let blocks = &mut self.blocks;
+        blocks.clear();
+        // Begun at a random block, so that among equals none is always first.
+        let count = shape.greatest.len();
+        let turn = (mix(salt) % (count.max(1) as u64)) as usize;
+        let turned = (turn..count).chain(0..turn);
+        blocks.extend(turned.filter_map(|block| {
+            let greatest = shape.greatest[block];
+            (greatest > 0).then_some((greatest, u32::try_from(block).unwrap_or(u32::MAX)))
+        }));
+        let descending = |one: &(u32, u32), other: &(u32, u32)| other.0.cmp(&one.0);
+        if blocks.len() > FIRST_BLOCKS {
+            blocks.select_nth_unstable_by(FIRST_BLOCKS - 1, descending);
+        }
+        let first = FIRST_BLOCKS.min(blocks.len());
+        let (first, rest) = blocks.split_at_mut(first);
+        first.sort_unstable_by(descending);
+        for (greatest, block) in first {
+            if *greatest >= best.least {
+                look_at(*block, &mut best);
+            }
+        }
+        if !best.is_full() {
+            rest.sort_unstable_by(descending);
+            for (greatest, block) in rest {
+                if best.is_full() && *greatest < best.least {
+                    break;
+                }
+                look_at(*block, &mut best);
+            }
+        }
+        let mut found: Vec<u32> = best.ranks[..best.count].iter().map(|(_, number)| *number).collect();
+        for turn in 0..RANDOM {
+            let at = (mix(salt.wrapping_add(turn + 1)) % (shape.keys.len().max(1) as u64)) as usize;
+            let number = u32::try_from(at).unwrap_or(u32::MAX);
+            let is_open = shape.keys.get(at).is_some_and(|key| *key > 0) && rooms[at].fits(request);
+            if is_open && !found.contains(&number) && accepts(number) {
+                found.push(number);
+            }
+        }
+        found
+    }
+}
+
+/// The best so far, best first.
+#[derive(Default)]
+struct Best {
+    ranks: [(u64, u32); CANDIDATES],
+    count: usize,
+    /// What a newcomer must exceed.
+    floor: u64,
+    /// The key in it.
+    least: u32,
+}
+
+impl Best {
+    fn is_full(&self) -> bool {
+        self.count == CANDIDATES
+    }
+
+    fn add(&mut self, rank: u64, number: u32) {
+        let at = self.ranks[..self.count].partition_point(|(other, _)| *other > rank);
+        if at >= CANDIDATES {
+            return;
+        }
+        let end = self.count.min(CANDIDATES - 1);
+        self.ranks.copy_within(at..end, at + 1);
+        self.ranks[at] = (rank, number);
+        self.count = (self.count + 1).min(CANDIDATES);
+        if self.is_full() {
+            self.floor = self.ranks[CANDIDATES - 1].0;
+            self.least = (self.floor >> 32) as u32;
+        }
+    }
+}
+
+/// SplitMix64's finaliser: spreads numbers without an order.
+pub(super) fn mix(number: u64) -> u64 {
+    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
