@@ -77,6 +77,7 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         termination_grace_s: spec.termination_grace_period_seconds,
         active_deadline_s: spec.active_deadline_seconds.unwrap_or(0),
         working_dir: spec.working_dir.clone(),
+        ..Default::default()
     })
 }
 

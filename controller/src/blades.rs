@@ -112,6 +112,8 @@ impl Blades for BladeApi {
         Ok(Response::new(HeartbeatResponse {
             interval_ms: self.heartbeat_ms,
             epoch: self.epoch,
+            // Not asked of blades yet.
+            fence_after_ms: 0,
         }))
     }
 }

@@ -1,10 +1,10 @@
 //! The edges: the API's status and the node API's messages become `far-core` types, and back.
 
-use far_api::{BootResources, FarAgent, FarAgentStatus, FarNode, Phase as ApiPhase, node::TaintEffect};
+use far_api::{BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, Phase as ApiPhase, TaintEffect};
 use far_core::{
     placement::{Blade, Effect, Request, Taint},
     quantity::{self, QuantityError},
-    status::{Condition, ConditionKind, End, EndReason, Phase, Report, Resources, Stage, Stamp, Status},
+    status::{Claim, Condition, ConditionKind, End, EndReason, Phase, Report, Resources, Stage, Stamp, Status},
 };
 use far_proto::node as wire;
 use k8s_openapi::{
@@ -84,6 +84,8 @@ fn taint(taint: &far_api::Taint) -> Taint {
         value: taint.value.clone().unwrap_or_default(),
         effect: match taint.effect {
             TaintEffect::NoSchedule => Effect::NoSchedule,
+            TaintEffect::PreferNoSchedule => Effect::PreferNoSchedule,
+            TaintEffect::NoExecute => Effect::NoExecute,
         },
     }
 }
@@ -136,6 +138,11 @@ pub(crate) fn status_from_api(status: Option<&FarAgentStatus>) -> Status {
             no_nic_reason: got.no_nic_reason.unwrap_or_default(),
         }),
         tail: status.tail,
+        claimed: status.claimed.map(|one| Claim {
+            name: one.name,
+            uid: one.uid,
+            attempt: one.attempt,
+        }),
     }
 }
 
@@ -189,6 +196,11 @@ pub(crate) fn status_to_api(
             no_nic_reason: Some(got.no_nic_reason.clone()).filter(|text| !text.is_empty()),
         }),
         tail: status.tail.clone(),
+        claimed: status.claimed.as_ref().map(|one| Claimed {
+            name: one.name.clone(),
+            uid: one.uid.clone(),
+            attempt: one.attempt,
+        }),
     }
 }
 

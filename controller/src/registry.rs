@@ -2,6 +2,7 @@
 //! its certificate. Status is written when it changed, the Lease every few heartbeats.
 
 use std::{
+    collections::BTreeMap,
     collections::HashMap,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
@@ -31,6 +32,8 @@ const LEASE_EVERY: Duration = Duration::from_secs(10);
 const LEASE_SECONDS: i32 = 40;
 /// Labels a blade may have, and the longest key and value (Kubernetes' own bounds).
 const MAX_LABELS: usize = 64;
+/// Most further resources of a blade.
+const MAX_EXTENDED: usize = 32;
 const MAX_KEY: usize = 317;
 const MAX_VALUE: usize = 63;
 /// Blades that are remembered; beyond that heartbeats of new ones are refused.
@@ -262,16 +265,36 @@ fn status_of(request: HeartbeatRequest) -> Result<FarNodeStatus, String> {
             return Err(format!("labels: {key:?} is too long, empty, or the controller's own"));
         }
     }
+    if capacity.extended.len() > MAX_EXTENDED {
+        return Err(format!("capacity.extended: more than {MAX_EXTENDED}"));
+    }
+    if let Some(name) = capacity
+        .extended
+        .keys()
+        .find(|name| name.is_empty() || name.len() > MAX_KEY)
+    {
+        return Err(format!("capacity.extended: {name:?} is empty or too long"));
+    }
+    let extended: BTreeMap<String, u32> = capacity
+        .extended
+        .iter()
+        .map(|(name, count)| (name.clone(), *count))
+        .collect();
     Ok(FarNodeStatus {
         endpoint: Some(request.endpoint),
-        capacity: Some(amounts(capacity.cpu_millis, capacity.memory_mib, capacity.max_vms)),
-        allocatable: Some(amounts(
-            capacity.allocatable_cpu_millis.min(capacity.cpu_millis),
-            capacity.allocatable_memory_mib.min(capacity.memory_mib),
-            capacity.max_vms,
-        )),
-        labels: Some(request.labels.into_iter().collect())
-            .filter(|labels: &std::collections::BTreeMap<_, _>| !labels.is_empty()),
+        capacity: Some(NodeResources {
+            extended: extended.clone(),
+            ..amounts(capacity.cpu_millis, capacity.memory_mib, capacity.max_vms)
+        }),
+        allocatable: Some(NodeResources {
+            extended,
+            ..amounts(
+                capacity.allocatable_cpu_millis.min(capacity.cpu_millis),
+                capacity.allocatable_memory_mib.min(capacity.memory_mib),
+                capacity.max_vms,
+            )
+        }),
+        labels: Some(request.labels.into_iter().collect()).filter(|labels: &BTreeMap<_, _>| !labels.is_empty()),
         conditions: Vec::new(),
         images: Some(images(&capacity)).filter(|images| !images.is_empty()),
         node_info: Some(NodeInfo {
@@ -295,6 +318,7 @@ fn amounts(cpu_millis: u64, memory_mib: u64, vms: u32) -> NodeResources {
         cpu: Quantity::Text(cpu),
         memory: Quantity::Text(format!("{memory_mib}Mi")),
         vms: Some(vms),
+        extended: BTreeMap::new(),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::{
     wire,
 };
 use far_proto::node::NodeCapacity;
-use std::io;
+use std::{collections::BTreeMap, io};
 
 /// Facts that stay while far-node runs.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct Machine {
     pub boot_id: String,
     /// VMM and accelerator.
     pub host: HostFacts,
+    /// Further resources by name, as the blade's operator declares them.
+    pub extended: BTreeMap<String, u32>,
 }
 
 impl Machine {
@@ -47,6 +49,7 @@ impl Machine {
             kernel_version: text("/proc/sys/kernel/osrelease")?,
             boot_id: text("/proc/sys/kernel/random/boot_id")?,
             host,
+            extended: BTreeMap::new(),
         })
     }
 
@@ -76,6 +79,7 @@ impl Machine {
             accelerator: self.host.accelerator.clone(),
             kvm_reason: self.host.kvm_reason.clone(),
             images: images.into_iter().map(wire::image).collect(),
+            extended: self.extended.clone().into_iter().collect(),
         }
     }
 }

@@ -48,6 +48,9 @@ pub struct Args {
     /// Label of the blade for placement; repeatable
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     labels: Vec<(String, String)>,
+    /// Further resource that agents may ask for by name, for example nvidia.com/gpu=2; repeatable
+    #[arg(long = "resource", value_name = "NAME=COUNT", value_parser = parse_resource)]
+    resources: Vec<(String, u32)>,
     /// From the start of a microVM until its init speaks, and again until the payload runs
     #[arg(long, env = "FAR_BOOT_TIMEOUT", default_value = "90s", value_parser = parse_duration, value_name = "TIME")]
     boot_timeout: Duration,
@@ -100,6 +103,7 @@ pub struct Config {
     pub boot_timeout: Duration,
     pub heartbeat_interval: Duration,
     pub max_vms: u32,
+    pub extended: BTreeMap<String, u32>,
     pub reserved_cpu_millis: u64,
     pub reserved_memory_mib: u64,
     pub log_max_bytes: u64,
@@ -179,6 +183,9 @@ impl Args {
         if self.labels.len() > 64 {
             return bad("--label", "at most 64 labels");
         }
+        if self.resources.len() > 32 {
+            return bad("--resource", "at most 32 resources");
+        }
         let controller = match (self.controller, self.controller_ca) {
             (Some(url), _) if !url.starts_with("https://") => {
                 return bad("--controller", format!("{url} does not begin with https://"));
@@ -208,6 +215,7 @@ impl Args {
             boot_timeout: self.boot_timeout,
             heartbeat_interval: heartbeat,
             max_vms: self.max_vms,
+            extended: self.resources.into_iter().collect(),
             reserved_cpu_millis: self.system_reserved_cpu,
             reserved_memory_mib: self.system_reserved_memory >> 20,
             log_max_bytes: self.log_max_bytes,
@@ -232,6 +240,15 @@ fn find_beside(name: &'static str) -> Result<PathBuf, ConfigError> {
             format!("{name} is neither beside far-node nor on PATH: build it or name it"),
         ),
     }
+}
+
+fn parse_resource(text: &str) -> Result<(String, u32), String> {
+    let (name, count) = text.split_once('=').ok_or("must be NAME=COUNT")?;
+    if name.is_empty() || name.len() > 317 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b)) {
+        return Err("the name must be as nvidia.com/gpu: [A-Za-z0-9._/-]".to_owned());
+    }
+    let count = count.parse().map_err(|_| format!("{count:?} is no whole number"))?;
+    Ok((name.to_owned(), count))
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -324,13 +341,15 @@ mod tests {
 
     #[test]
     fn bad_options_are_named() {
-        let cases: [&[&str]; 10] = [
+        let cases: [&[&str]; 12] = [
             &["--name", "Blade_1"],
             &["--boot-timeout", "90"],
             &["--boot-timeout", "0s"],
             &["--log-max-bytes", "1KiB"],
             &["--label", "a"],
             &["--label", "tiffany.dev/x=y"],
+            &["--resource", "nvidia.com/gpu"],
+            &["--resource", "nvidia.com/gpu=-1"],
             &["--controller", "http://c", "--controller-ca", "ca"],
             &["--controller", "https://c"],
             &["--backend", "xen"],

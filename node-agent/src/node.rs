@@ -150,13 +150,14 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     let images: Arc<dyn Images> = Arc::new(Store::open(&state.join("images"))?);
     let ledger = Ledger::open(&state.join("ledger"))?;
     let loaded = ledger.load()?;
-    let machine = Machine::read(
+    let mut machine = Machine::read(
         host.facts(),
         config.reserved_cpu_millis,
         config.reserved_memory_mib,
         config.max_vms,
     )
     .context("reading what this machine has")?;
+    machine.extended = config.extended.clone();
     let board = Board::open(&state.join("seq")).context("reading the event number")?;
     let epochs = EpochGuard::open(&state.join("epoch")).context("reading the newest epoch")?;
     let limits = Limits {

@@ -464,6 +464,7 @@ pub(crate) mod tests {
             termination_grace_s: 5,
             active_deadline_s: 0,
             working_dir: None,
+            ..wire::AgentSpec::default()
         }
     }
 

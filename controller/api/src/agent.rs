@@ -6,7 +6,14 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{quantity::Quantity, status::FarAgentStatus};
+use crate::{
+    network::Network,
+    pool::LocalRef,
+    quantity::Quantity,
+    scheduling::{Affinity, Toleration, TopologySpreadConstraint},
+    status::FarAgentStatus,
+    storage::{Scratch, Volume},
+};
 
 /// Seconds between TERM and KILL where the spec says nothing.
 pub const DEFAULT_GRACE_SECONDS: u32 = 10;
@@ -34,6 +41,7 @@ pub const DEFAULT_GRACE_SECONDS: u32 = 10;
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Image", type_ = "string", json_path = ".spec.image", priority = "1"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", priority = "1"),
+    printcolumn(name = "Pool", type_ = "string", json_path = ".spec.poolRef.name", priority = "1"),
     printcolumn(name = "Attempt", type_ = "integer", json_path = ".status.attempt", priority = "1")
 )]
 #[serde(rename_all = "camelCase")]
@@ -46,7 +54,17 @@ pub const DEFAULT_GRACE_SECONDS: u32 = 10;
     validation = Rule::new("has(self.workingDir) == has(oldSelf.workingDir) && (!has(self.workingDir) || self.workingDir == oldSelf.workingDir)").message("spec.workingDir is immutable").reason(Reason::FieldValueForbidden),
     validation = Rule::new("has(self.env) == has(oldSelf.env) && (!has(self.env) || self.env == oldSelf.env)").message("spec.env is immutable").reason(Reason::FieldValueForbidden),
     validation = Rule::new("has(self.files) == has(oldSelf.files) && (!has(self.files) || self.files == oldSelf.files)").message("spec.files is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.nodeName) == has(oldSelf.nodeName) && (!has(self.nodeName) || self.nodeName == oldSelf.nodeName)").message("spec.nodeName is immutable").reason(Reason::FieldValueForbidden)
+    validation = Rule::new("has(self.nodeName) == has(oldSelf.nodeName) && (!has(self.nodeName) || self.nodeName == oldSelf.nodeName)").message("spec.nodeName is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.envFrom) == has(oldSelf.envFrom) && (!has(self.envFrom) || self.envFrom == oldSelf.envFrom)").message("spec.envFrom is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.network) == has(oldSelf.network) && (!has(self.network) || self.network == oldSelf.network)").message("spec.network is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.poolRef) == has(oldSelf.poolRef) && (!has(self.poolRef) || self.poolRef == oldSelf.poolRef)").message("spec.poolRef is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.scratch) == has(oldSelf.scratch) && (!has(self.scratch) || self.scratch == oldSelf.scratch)").message("spec.scratch is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.volumes) == has(oldSelf.volumes) && (!has(self.volumes) || self.volumes == oldSelf.volumes)").message("spec.volumes is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.resources) == has(oldSelf.resources) && (!has(self.resources) || self.resources == oldSelf.resources)").message("spec.resources is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("self.restartPolicy == oldSelf.restartPolicy").message("spec.restartPolicy is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("self.startPolicy == oldSelf.startPolicy").message("spec.startPolicy is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("!(self.startPolicy == 'OnClaim' && has(self.poolRef))").message("spec.poolRef and startPolicy OnClaim exclude each other"),
+    validation = Rule::new("self.restartPolicy != 'Never' || !has(self.backoffLimit)").message("spec.backoffLimit needs restartPolicy OnFailure or Always")
 )]
 pub struct FarAgentSpec {
     /// Reference of the OCI image whose root file system the agent runs in, for example
@@ -91,6 +109,11 @@ pub struct FarAgentSpec {
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub env: Option<Vec<Env>>,
 
+    /// Every key of these objects as an environment variable; env wins over them, later ones win over earlier. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub env_from: Option<Vec<EnvFrom>>,
+
     /// Files that lie in the guest's memory before the program starts; together at most 8 MiB. Immutable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
@@ -118,17 +141,145 @@ pub struct FarAgentSpec {
     #[schemars(range(min = 0, max = 86_400))]
     pub termination_grace_period_seconds: u32,
 
-    /// What happens after the program ended. Only Never: each agent runs once.
+    /// What happens after an attempt ended. Never (the default): the agent has ended. OnFailure: a new attempt after
+    /// every end but Completed, up to backoffLimit. Always: a new attempt after every end. Immutable.
     #[serde(default)]
     pub restart_policy: RestartPolicy,
+
+    /// Failures of the agent itself after which it is Failed; failures of blades are not counted. Default 6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 10_000))]
+    pub backoff_limit: Option<u32>,
+
+    /// Seconds after its end until the agent is deleted; absent: it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 31_536_000))]
+    pub ttl_seconds_after_finished: Option<u32>,
+
+    /// true: the agent is not placed; one that has a blade is ended and placed anew when this is false again. For
+    /// admission by queues such as Kueue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspend: Option<bool>,
+
+    /// Running (the default), or Sleeping: its memory is saved and the microVM ended until it is Running again.
+    #[serde(default)]
+    pub operating_mode: OperatingMode,
+
+    /// What becomes of the agent when its blade is lost. Fail (the default), or Reschedule: a new attempt elsewhere once
+    /// the lost blade must have ended its own.
+    #[serde(default)]
+    pub lost_policy: LostPolicy,
+
+    /// Immediate (the default), or OnClaim: the microVM boots and waits, and the program starts when an agent with a
+    /// poolRef takes it over. Pools make such agents. Immutable.
+    #[serde(default)]
+    pub start_policy: StartPolicy,
+
+    /// Pool in the same namespace whose warm agents may be taken over instead of a boot, where image, memory, cpu,
+    /// network, scratch and volumes are those of its template. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_ref: Option<LocalRef>,
+
+    /// Which blades and neighbours the agent wants. Read when it is placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Affinity>,
+
+    /// Taints that do not keep the agent away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub tolerations: Option<Vec<Toleration>>,
+
+    /// How evenly agents are spread over places. Read when it is placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 8))]
+    pub topology_spread_constraints: Option<Vec<TopologySpreadConstraint>>,
+
+    /// Greater is placed first. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -1_000_000, max = 1_000_000))]
+    pub priority: Option<i32>,
+
+    /// Further resources by name, whole numbers, for example nvidia.com/gpu: 1. Counted on the blades that offer them.
+    /// Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub resources: Option<BTreeMap<String, u32>>,
+
+    /// What the agent may reach. Absent: mode Restricted without rules, which is nothing. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+
+    /// The writable layer over the image. Absent: half of the guest's memory at most. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<Scratch>,
+
+    /// Further empty folders. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub volumes: Option<Vec<Volume>>,
 }
 
-/// What happens after the program ended.
+/// Whether the agent's microVM runs or sleeps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OperatingMode {
+    /// It runs.
+    #[default]
+    Running,
+    /// Its memory is saved, and no microVM runs.
+    Sleeping,
+}
+
+/// What becomes of the agent when its blade is lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LostPolicy {
+    /// It is Failed with reason NodeLost once the blade must have ended it.
+    #[default]
+    Fail,
+    /// It gets a new attempt elsewhere once the lost blade must have ended its own.
+    Reschedule,
+}
+
+/// When the program starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum StartPolicy {
+    /// As soon as the guest is ready.
+    #[default]
+    Immediate,
+    /// When another agent takes the microVM over.
+    OnClaim,
+}
+
+/// What happens after an attempt ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RestartPolicy {
     /// Nothing: the agent is Completed or Failed.
     #[default]
     Never,
+    /// A new attempt after every end but Completed.
+    OnFailure,
+    /// A new attempt after every end.
+    Always,
+}
+
+/// All keys of one object as environment variables.
+#[derive(KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.secretRef) != has(self.configMapRef)").message("spec.envFrom[] needs exactly one of secretRef and configMapRef")
+)]
+pub struct EnvFrom {
+    /// Put before every key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    #[x_kube(validation = Rule::new("!self.contains('=')").message("spec.envFrom[].prefix must not contain '='"))]
+    pub prefix: Option<String>,
+    /// A Secret in the agent's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<NameRef>,
+    /// A ConfigMap in the agent's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_ref: Option<NameRef>,
 }
 
 /// One environment variable.

@@ -5,12 +5,19 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use crate::{FarAgent, FarNode};
+use crate::{FarAgent, FarAgentPool, FarAgentTemplate, FarNode, FarQueue, FarTask};
 
 /// Every CRD of the group, in the order to install them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    let mut crds = vec![FarAgent::crd(), FarNode::crd()];
+    let mut crds = vec![
+        FarAgent::crd(),
+        FarNode::crd(),
+        FarAgentTemplate::crd(),
+        FarAgentPool::crd(),
+        FarQueue::crd(),
+        FarTask::crd(),
+    ];
     for version in crds.iter_mut().flat_map(|crd| &mut crd.spec.versions) {
         if let Some(schema) = version
             .schema

@@ -10,22 +10,40 @@
 
 pub mod agent;
 pub mod crds;
+pub mod network;
 pub mod node;
+pub mod pool;
 pub mod quantity;
+pub mod scheduling;
 pub mod status;
+pub mod storage;
+pub mod task;
 
 pub use agent::{
-    DEFAULT_GRACE_SECONDS, Env, FarAgent, FarAgentSpec, FileSource, KeyRef, NameRef, RestartPolicy, ValueFrom,
+    DEFAULT_GRACE_SECONDS, Env, EnvFrom, FarAgent, FarAgentSpec, FileSource, KeyRef, LostPolicy, NameRef,
+    OperatingMode, RestartPolicy, StartPolicy, ValueFrom,
 };
 pub use crds::{crds, crds_yaml};
-pub use node::{FarNode, FarNodeSpec, FarNodeStatus, NodeImage, NodeInfo, NodeResources, Taint};
+pub use network::{EgressPort, EgressRule, Network, NetworkMode, Protocol};
+pub use node::{
+    Drain, DrainPolicy, FarNode, FarNodeSpec, FarNodeStatus, NodeImage, NodeInfo, NodeResources, Taint, TemplateMeta,
+};
+pub use pool::{
+    AgentTemplate, Autoscale, FarAgentPool, FarAgentPoolSpec, FarAgentPoolStatus, FarAgentTemplate,
+    FarAgentTemplateSpec, LocalRef, UpdateStrategy,
+};
 pub use quantity::Quantity;
-pub use status::{BootResources, FarAgentStatus, Phase};
+pub use scheduling::TaintEffect;
+pub use status::{BootResources, Claimed, FarAgentStatus, Phase};
+pub use storage::{EmptyDir, Scratch, Volume};
+pub use task::{FarQueue, FarQueueSpec, FarQueueStatus, FarTask, FarTaskSpec, FarTaskStatus, TaskPhase};
 
 /// API group of every kind here.
 pub const GROUP: &str = "tiffany.dev";
 /// Keeps a FarAgent until its microVM is gone.
 pub const FINALIZER: &str = "tiffany.dev/microvm";
+/// Label with the name of the pool that an agent is kept warm for.
+pub const POOL_LABEL: &str = "tiffany.dev/pool";
 /// Namespace of the Leases that blades renew through the controller.
 pub const NODE_LEASE_NAMESPACE: &str = "far-node-lease";
 /// Namespace of the controller's own Lease.

@@ -8,7 +8,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::quantity::Quantity;
+use crate::{quantity::Quantity, scheduling::TaintEffect};
 
 /// Most images that a status lists.
 pub const MAX_IMAGES: usize = 100;
@@ -53,6 +53,47 @@ pub struct FarNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub taints: Option<Vec<Taint>>,
+    /// Present: the blade is emptied. As good as unschedulable; its agents are dealt with by the policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
+}
+
+/// How a blade is emptied.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Drain {
+    /// Wait (the default): agents may end by themselves until the deadline. Evict: they are ended at once. Either way
+    /// an ended agent with restartPolicy OnFailure or Always gets a new attempt elsewhere.
+    #[serde(default)]
+    pub policy: DrainPolicy,
+    /// Seconds that Wait waits before it evicts; absent: for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 31_536_000))]
+    pub deadline_seconds: Option<u32>,
+}
+
+/// What happens to the agents of a blade that is emptied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DrainPolicy {
+    /// They may end by themselves until the deadline.
+    #[default]
+    Wait,
+    /// They are ended at once, with their grace period.
+    Evict,
+}
+
+/// Labels and annotations of objects made from a template.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TemplateMeta {
+    /// Labels; those under tiffany.dev/ are the controller's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A mark that keeps agents away.
@@ -66,15 +107,8 @@ pub struct Taint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 63))]
     pub value: Option<String>,
-    /// What it does: NoSchedule keeps new agents away.
+    /// What it does to agents that do not tolerate it.
     pub effect: TaintEffect,
-}
-
-/// What a taint does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum TaintEffect {
-    /// No new agents; those that run stay.
-    NoSchedule,
 }
 
 /// What the blade said of itself.
@@ -120,6 +154,10 @@ pub struct NodeResources {
     /// microVMs at the same time; 0: no own limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vms: Option<u32>,
+    /// Further resources by name, whole numbers, for example nvidia.com/gpu: 2.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub extended: BTreeMap<String, u32>,
 }
 
 /// One image in the blade's store.

@@ -12,7 +12,7 @@ pub struct FarAgentStatus {
     /// Where the agent stands, in one word; derived from the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// What was seen, one by one: Scheduled, ImageReady, Booted, Ready, Completed, Failed, NodeLost.
+    /// What was seen, one by one: Scheduled, ImageReady, Booted, Ready, Completed, Failed, Sleeping, NodeLost.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -63,6 +63,23 @@ pub struct FarAgentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 8192))]
     pub tail: Option<String>,
+    /// Warm agent whose microVM the attempt takes over instead of a boot. Written before the blade is called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claimed: Option<Claimed>,
+}
+
+/// One boot of a warm agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Claimed {
+    /// Name of the warm agent.
+    #[schemars(length(max = 253))]
+    pub name: String,
+    /// Its metadata.uid.
+    #[schemars(length(max = 64))]
+    pub uid: String,
+    /// Its attempt.
+    pub attempt: u32,
 }
 
 /// Where the agent stands, in one word.

@@ -104,8 +104,13 @@ fn defaults_are_the_promised_ones_and_nothing_else_has_a_default() {
         defaults,
         [
             "spec.cpu=1",
+            "spec.lostPolicy=\"Fail\"",
             "spec.memory=\"512Mi\"",
+            "spec.network.egress[].ports[].protocol=\"TCP\"",
+            "spec.network.mode=\"Restricted\"",
+            "spec.operatingMode=\"Running\"",
             "spec.restartPolicy=\"Never\"",
+            "spec.startPolicy=\"Immediate\"",
             "spec.terminationGracePeriodSeconds=10"
         ]
     );
@@ -141,7 +146,7 @@ fn names_columns_and_selectable_fields_are_those_of_the_contract() {
     assert_eq!(
         columns,
         [
-            "Phase", "Blade", "Exit", "Restarts", "Age", "Image", "Reason", "Attempt"
+            "Phase", "Blade", "Exit", "Restarts", "Age", "Image", "Reason", "Pool", "Attempt"
         ]
     );
     assert_eq!(version["selectableFields"].as_array().unwrap().len(), 3);

@@ -22,6 +22,15 @@ fn good_specs_pass() {
         json!({"image": "a", "memory": "512Mi", "cpu": 1}),
         json!({"image": "a", "memory": 536_870_912, "cpu": "500m"}),
         json!({"image": "a", "memory": "900Ti", "cpu": 5000}),
+        json!({"image": "a", "restartPolicy": "OnFailure", "backoffLimit": 2, "lostPolicy": "Reschedule", "suspend": true}),
+        json!({"image": "a", "network": {"egress": [{"cidr": "192.0.2.0/24", "ports": [{"port": 443}]},
+            {"cidr": "2001:db8::/32"}, {"dnsName": "api.example.com", "ports": [{"port": 53, "endPort": 54, "protocol": "UDP"}]}]}}),
+        json!({"image": "a", "network": {"mode": "Open"}, "scratch": {"sizeLimit": "64Mi"},
+            "volumes": [{"name": "work", "mountPath": "/work", "emptyDir": {}}], "resources": {"nvidia.com/gpu": 1}}),
+        json!({"image": "a", "tolerations": [{"operator": "Exists"}, {"key": "gpu", "value": "x", "effect": "NoSchedule"}],
+            "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms":
+            [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a", "b"]}]}]}}}}),
+        json!({"image": "a", "envFrom": [{"secretRef": {"name": "s"}, "prefix": "S_"}], "poolRef": {"name": "p"}}),
         json!({"image": "a", "env": [{"name": "A"}, {"name": "B", "value": "x=y"},
             {"name": "C", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}),
         json!({"image": "a", "files": [{"path": "/task", "configMapRef": {"name": "docs"}},
@@ -54,6 +63,67 @@ fn bad_specs_are_refused_and_the_message_names_the_field() {
             "memory with a unit nobody knows",
             json!({"image": "a", "memory": "512MiB"}),
             "spec.memory",
+        ),
+        (
+            "egress to nowhere",
+            json!({"image": "a", "network": {"egress": [{}]}}),
+            "spec.network.egress[]",
+        ),
+        (
+            "egress that is no prefix",
+            json!({"image": "a", "network": {"egress": [{"cidr": "192.0.2.1"}]}}),
+            "spec.network.egress[].cidr",
+        ),
+        (
+            "egress to a name with a space",
+            json!({"image": "a", "network": {"egress": [{"dnsName": "a b"}]}}),
+            "spec.network.egress[].dnsName",
+        ),
+        (
+            "rules where all is open",
+            json!({"image": "a", "network": {"mode": "Open", "egress": [{"dnsName": "a"}]}}),
+            "spec.network.egress",
+        ),
+        (
+            "a range that ends before it begins",
+            json!({"image": "a", "network": {"egress": [{"dnsName": "a", "ports": [{"port": 5, "endPort": 4}]}]}}),
+            "spec.network.egress[].ports[].endPort",
+        ),
+        (
+            "a limit of what is never done",
+            json!({"image": "a", "backoffLimit": 1}),
+            "spec.backoffLimit",
+        ),
+        (
+            "a warm agent that takes another over",
+            json!({"image": "a", "startPolicy": "OnClaim", "poolRef": {"name": "p"}}),
+            "spec.poolRef",
+        ),
+        (
+            "two sources of variables",
+            json!({"image": "a", "envFrom": [{"secretRef": {"name": "s"}, "configMapRef": {"name": "c"}}]}),
+            "spec.envFrom[]",
+        ),
+        (
+            "scratch of nothing",
+            json!({"image": "a", "scratch": {"sizeLimit": "0"}}),
+            "spec.scratch.sizeLimit",
+        ),
+        (
+            "a volume outside",
+            json!({"image": "a", "volumes": [{"name": "w", "mountPath": "/../etc", "emptyDir": {}}]}),
+            "spec.volumes[].mountPath",
+        ),
+        (
+            "a toleration of nothing",
+            json!({"image": "a", "tolerations": [{"value": "x"}]}),
+            "spec.tolerations[]",
+        ),
+        (
+            "an expression without values",
+            json!({"image": "a", "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
+                {"nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In"}]}]}}}}),
+            "spec.affinity",
         ),
         ("cpu zero", json!({"image": "a", "cpu": 0}), "spec.cpu"),
         ("cpu negative", json!({"image": "a", "cpu": -1}), "spec.cpu"),

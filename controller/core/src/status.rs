@@ -225,6 +225,17 @@ pub struct Status {
     pub resources: Option<Resources>,
     /// The last output.
     pub tail: Option<String>,
+    /// Warm agent whose microVM the attempt takes over instead of a boot.
+    pub claimed: Option<Claim>,
+}
+
+/// One boot of a warm agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)] // As in the API.
+pub struct Claim {
+    pub name: String,
+    pub uid: String,
+    pub attempt: u32,
 }
 
 /// Something that was learned about an agent.

@@ -104,6 +104,7 @@ impl Blades for Controller {
         Ok(Response::new(HeartbeatResponse {
             interval_ms: 100,
             epoch: 7,
+            fence_after_ms: 0,
         }))
     }
 }
@@ -169,6 +170,7 @@ impl Setup {
             kernel_version: "1".into(),
             boot_id: "b".into(),
             host: crate::host::HostFacts::default(),
+            extended: Default::default(),
         });
         let epochs = Arc::new(EpochGuard::open(&self.at("epoch")).unwrap());
         let api = NodeApi::new(

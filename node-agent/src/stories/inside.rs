@@ -59,6 +59,7 @@ async fn serve(world: &World, node: &Node) -> InsideClient<Channel> {
         kernel_version: String::new(),
         boot_id: String::new(),
         host: HostFacts::default(),
+        extended: Default::default(),
     };
     let epochs = EpochGuard::open(&world.dir.path().join("epoch")).unwrap();
     let api = NodeApi::new(
