@@ -2,7 +2,6 @@
 
 mod support;
 
-use far_devapi::faults::{Action, Fault, Match};
 use far_proto::node::EndReason;
 use futures::{StreamExt, TryStreamExt};
 use kube::{
@@ -16,64 +15,71 @@ use support::{
     until,
 };
 
-fn fault(verb: &str, resource: &str, action: Action, times: u32) -> Fault {
-    let on = Match {
-        verb: Some(verb.into()),
-        resource: Some(resource.into()),
-        ..Match::default()
-    };
-    Fault { on, action, times }
-}
+/// What only far-devapi can do: see [`support::server`].
+mod embedded {
+    use far_devapi::faults::{Action, Fault, Match};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn agents_end_truly_and_boot_once_however_the_api_behaves() {
-    let cluster = Cluster::start().await;
-    let blade = FakeBlade::start(&cluster, "b1", capacity(64_000, 65_536)).await;
-    let answer = |code| Action::Answer {
-        code,
-        retry_after: None,
-    };
-    for (verb, action) in [
-        ("patch", answer(409)),
-        ("patch", answer(500)),
-        ("patch", Action::DropAfter),
-        ("patch", Action::DropBefore),
-        ("patch", Action::DropAfter),
-        ("watch", Action::ExpireWatch),
-        ("patch", answer(429)),
-        ("list", answer(500)),
-    ] {
-        assert!(cluster.api.faults.add(fault(verb, "faragents", action, 3)));
-    }
-    assert!(cluster.api.faults.add(fault("create", "events", answer(500), 5)));
-    let mut uids = Vec::new();
-    for number in 0..12 {
-        let spec = json!({"image": "a", "memory": "64Mi", "cpu": "100m"});
-        uids.push(cluster.create(&format!("a{number}"), spec).await.uid().unwrap());
-    }
-    for (number, uid) in uids.iter().enumerate() {
-        until("every agent to be on the blade", async || blade.fake.phase(uid)).await;
-        blade.fake.running(uid);
-        let code = i32::try_from(number % 3).unwrap();
-        let reason = if code == 0 {
-            EndReason::Completed
-        } else {
-            EndReason::Error
+    use super::*;
+
+    fn fault(verb: &str, resource: &str, action: Action, times: u32) -> Fault {
+        let on = Match {
+            verb: Some(verb.into()),
+            resource: Some(resource.into()),
+            ..Match::default()
         };
-        blade.fake.ended(uid, reason, Some(code), "");
+        Fault { on, action, times }
     }
-    for (number, uid) in uids.iter().enumerate() {
-        let done = cluster
-            .wait(&format!("a{number}"), "to end", |status| status["exitCode"].is_i64())
-            .await;
-        assert_eq!(done["status"]["exitCode"], number % 3);
-        assert_eq!(
-            done["status"]["phase"],
-            if number % 3 == 0 { "Completed" } else { "Failed" }
-        );
-        assert_eq!(blade.fake.attempts(uid).len(), 1, "{done}");
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn agents_end_truly_and_boot_once_however_the_api_behaves() {
+        let cluster = Cluster::start().await;
+        let blade = FakeBlade::start(&cluster, "b1", capacity(64_000, 65_536)).await;
+        let answer = |code| Action::Answer {
+            code,
+            retry_after: None,
+        };
+        for (verb, action) in [
+            ("patch", answer(409)),
+            ("patch", answer(500)),
+            ("patch", Action::DropAfter),
+            ("patch", Action::DropBefore),
+            ("patch", Action::DropAfter),
+            ("watch", Action::ExpireWatch),
+            ("patch", answer(429)),
+            ("list", answer(500)),
+        ] {
+            assert!(cluster.api.faults.add(fault(verb, "faragents", action, 3)));
+        }
+        assert!(cluster.api.faults.add(fault("create", "events", answer(500), 5)));
+        let mut uids = Vec::new();
+        for number in 0..12 {
+            let spec = json!({"image": "a", "memory": "64Mi", "cpu": "100m"});
+            uids.push(cluster.create(&format!("a{number}"), spec).await.uid().unwrap());
+        }
+        for (number, uid) in uids.iter().enumerate() {
+            until("every agent to be on the blade", async || blade.fake.phase(uid)).await;
+            blade.fake.running(uid);
+            let code = i32::try_from(number % 3).unwrap();
+            let reason = if code == 0 {
+                EndReason::Completed
+            } else {
+                EndReason::Error
+            };
+            blade.fake.ended(uid, reason, Some(code), "");
+        }
+        for (number, uid) in uids.iter().enumerate() {
+            let done = cluster
+                .wait(&format!("a{number}"), "to end", |status| status["exitCode"].is_i64())
+                .await;
+            assert_eq!(done["status"]["exitCode"], number % 3);
+            assert_eq!(
+                done["status"]["phase"],
+                if number % 3 == 0 { "Completed" } else { "Failed" }
+            );
+            assert_eq!(blade.fake.attempts(uid).len(), 1, "{done}");
+        }
+        assert_eq!(blade.fake.most_boots(), 1);
     }
-    assert_eq!(blade.fake.most_boots(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

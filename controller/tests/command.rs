@@ -8,8 +8,7 @@ use std::{
     process::{Command, Output},
 };
 
-use far_devapi::DevApi;
-use support::until;
+use support::{server::Server, until};
 
 fn far_controller(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_far-controller"))
@@ -65,8 +64,8 @@ fn bad_arguments_are_named() {
 async fn it_says_when_it_serves_and_ends_on_term_with_the_lead_given_back() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let api = DevApi::start(far_devapi::Config::new(at("devapi"))).await.unwrap();
-    std::fs::write(at("kubeconfig"), &api.kubeconfig).unwrap();
+    let api = Server::start(folder.path()).await;
+    std::fs::write(at("kubeconfig"), api.kubeconfig()).unwrap();
     let mut process = tokio::process::Command::new(env!("CARGO_BIN_EXE_far-controller"))
         .arg("run")
         .args(["--kubeconfig".as_ref(), at("kubeconfig").as_os_str()])
@@ -95,7 +94,7 @@ async fn it_says_when_it_serves_and_ends_on_term_with_the_lead_given_back() {
         .unwrap()
         .unwrap();
     assert_eq!(ended.code(), Some(0));
-    let kubeconfig = kube::config::Kubeconfig::from_yaml(&api.kubeconfig).unwrap();
+    let kubeconfig = kube::config::Kubeconfig::from_yaml(&api.kubeconfig()).unwrap();
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
         .await
         .unwrap();
@@ -105,48 +104,55 @@ async fn it_says_when_it_serves_and_ends_on_term_with_the_lead_given_back() {
     assert_eq!(lease.holder_identity.as_deref(), Some(""));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn it_leads_again_after_the_api_was_away_for_longer_than_its_lease() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name);
-    let api = DevApi::start(far_devapi::Config::new(at("devapi"))).await.unwrap();
-    let listen = api.url.strip_prefix("https://").unwrap().parse().unwrap();
-    std::fs::write(at("kubeconfig"), &api.kubeconfig).unwrap();
-    let _process = tokio::process::Command::new(env!("CARGO_BIN_EXE_far-controller"))
-        .args(["run", "--install-crds", "--lease-duration", "1"])
-        .args(["--kubeconfig".as_ref(), at("kubeconfig").as_os_str()])
-        .args(["--state-dir".as_ref(), at("state").as_os_str()])
-        .args(["--ready-file".as_ref(), at("ready").as_os_str()])
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let before = until("the ready file", async || text(&at("ready"))).await;
-    std::fs::remove_file(at("ready")).unwrap();
-    let epoch = text(&at("state/epoch")).unwrap();
-    api.shutdown().await;
-    // The lease runs out while there is no API; then the same API is back.
-    until("the lead to be lost", async || {
-        std::fs::File::open(at("state/lock")).ok()?.try_lock().ok()
-    })
-    .await;
-    let api = DevApi::start(far_devapi::Config {
-        listen,
-        ..far_devapi::Config::new(at("devapi"))
-    })
-    .await
-    .unwrap();
-    let after = until("the ready file again", async || text(&at("ready"))).await;
-    assert_eq!(before, after, "blades find it where it was");
-    assert!(text(&at("state/epoch")).unwrap() > epoch);
-    let kubeconfig = kube::config::Kubeconfig::from_yaml(&api.kubeconfig).unwrap();
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
+/// What only far-devapi can do: see [`support::server`].
+mod embedded {
+    use far_devapi::DevApi;
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn it_leads_again_after_the_api_was_away_for_longer_than_its_lease() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let api = DevApi::start(far_devapi::Config::new(at("devapi"))).await.unwrap();
+        let listen = api.url.strip_prefix("https://").unwrap().parse().unwrap();
+        std::fs::write(at("kubeconfig"), &api.kubeconfig).unwrap();
+        let _process = tokio::process::Command::new(env!("CARGO_BIN_EXE_far-controller"))
+            .args(["run", "--install-crds", "--lease-duration", "1"])
+            .args(["--kubeconfig".as_ref(), at("kubeconfig").as_os_str()])
+            .args(["--state-dir".as_ref(), at("state").as_os_str()])
+            .args(["--ready-file".as_ref(), at("ready").as_os_str()])
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let before = until("the ready file", async || text(&at("ready"))).await;
+        std::fs::remove_file(at("ready")).unwrap();
+        let epoch = text(&at("state/epoch")).unwrap();
+        api.shutdown().await;
+        // The lease runs out while there is no API; then the same API is back.
+        until("the lead to be lost", async || {
+            std::fs::File::open(at("state/lock")).ok()?.try_lock().ok()
+        })
+        .await;
+        let api = DevApi::start(far_devapi::Config {
+            listen,
+            ..far_devapi::Config::new(at("devapi"))
+        })
         .await
         .unwrap();
-    let agents: kube::Api<far_api::FarAgent> =
-        kube::Api::namespaced(kube::Client::try_from(config).unwrap(), "default");
-    let agent = serde_json::from_str(
-        r#"{"apiVersion":"tiffany.dev/v1","kind":"FarAgent","metadata":{"name":"a"},"spec":{"image":"a"}}"#,
-    );
-    agents.create(&Default::default(), &agent.unwrap()).await.unwrap();
-    until("the agent to be judged", async || agents.get("a").await.unwrap().status).await;
+        let after = until("the ready file again", async || text(&at("ready"))).await;
+        assert_eq!(before, after, "blades find it where it was");
+        assert!(text(&at("state/epoch")).unwrap() > epoch);
+        let kubeconfig = kube::config::Kubeconfig::from_yaml(&api.kubeconfig).unwrap();
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
+            .await
+            .unwrap();
+        let agents: kube::Api<far_api::FarAgent> =
+            kube::Api::namespaced(kube::Client::try_from(config).unwrap(), "default");
+        let agent = serde_json::from_str(
+            r#"{"apiVersion":"tiffany.dev/v1","kind":"FarAgent","metadata":{"name":"a"},"spec":{"image":"a"}}"#,
+        );
+        agents.create(&Default::default(), &agent.unwrap()).await.unwrap();
+        until("the agent to be judged", async || agents.get("a").await.unwrap().status).await;
+    }
 }

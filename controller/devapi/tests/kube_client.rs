@@ -33,7 +33,7 @@ fn agents() -> ApiResource {
 
 async fn see_phase_change(config: watcher::Config) {
     let server = start_with_crd().await;
-    let client = client(&server.api.kubeconfig).await;
+    let client = client(&server.kubeconfig).await;
     let api: Api<DynamicObject> = Api::default_namespaced_with(client, &agents());
     server
         .post(common::AGENTS, &agent("early", json!({"image": "i"})))
@@ -81,7 +81,7 @@ async fn a_streaming_list_works_as_well() {
 #[tokio::test]
 async fn a_lease_is_guarded_by_its_version() {
     let server = start_with_crd().await;
-    let leases: Api<Lease> = Api::namespaced(client(&server.api.kubeconfig).await, "kube-system");
+    let leases: Api<Lease> = Api::namespaced(client(&server.kubeconfig).await, "kube-system");
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "far"},
         "spec": {"holderIdentity": "one", "leaseDurationSeconds": 15, "renewTime": "2026-01-01T00:00:00.000000Z"}});
     let made = leases
@@ -99,7 +99,7 @@ async fn a_lease_is_guarded_by_its_version() {
 #[tokio::test]
 async fn a_controller_with_a_finalizer_sees_the_object_come_and_go() {
     let server = start_with_crd().await;
-    let api: Api<DynamicObject> = Api::default_namespaced_with(client(&server.api.kubeconfig).await, &agents());
+    let api: Api<DynamicObject> = Api::default_namespaced_with(client(&server.kubeconfig).await, &agents());
     let reconcile = async |object: Arc<DynamicObject>, api: Arc<Api<DynamicObject>>| {
         let acts = async |event: Finalizer<DynamicObject>| -> Result<Action, kube::Error> {
             let (phase, object) = match event {
@@ -149,7 +149,7 @@ async fn repeated_events_are_counted_in_one_object() {
     let (_, made) = server.post(common::AGENTS, &agent("a", json!({"image": "i"}))).await;
     let object: DynamicObject = serde_json::from_value(made).unwrap();
     let reference = kube::Resource::object_ref(&object, &agents());
-    let recorder = Recorder::new(client(&server.api.kubeconfig).await, Reporter::from("far-controller"));
+    let recorder = Recorder::new(client(&server.kubeconfig).await, Reporter::from("far-controller"));
     let event = Event {
         type_: EventType::Normal,
         reason: "Scheduled".into(),

@@ -1,20 +1,21 @@
-//! A real controller on the embedded API with fake blades: in-process node APIs that join with a real token over mTLS.
+//! A real controller on an API of its own ([`server`]) with fake blades: in-process node APIs that join with a real token over mTLS.
 // Each test binary uses its part of this, and a panic here is a test's report.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod blade;
+pub mod server;
 
 use std::{path::PathBuf, time::Duration};
 
 use far_api::{FarAgent, FarNode};
 use far_controller::{Config, Running};
-use far_devapi::DevApi;
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
+use server::Server;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -37,7 +38,7 @@ pub async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T
 
 pub struct Cluster {
     pub dir: TempDir,
-    pub api: DevApi,
+    pub api: Server,
     pub client: Client,
     controller: Option<(CancellationToken, JoinHandle<anyhow::Result<()>>)>,
     pub address: String,
@@ -55,11 +56,10 @@ impl Cluster {
             .with_test_writer()
             .try_init();
         let dir = tempfile::tempdir().unwrap();
-        let api = DevApi::start(far_devapi::Config::new(dir.path().join("devapi")))
-            .await
-            .unwrap();
-        std::fs::write(dir.path().join("kubeconfig"), &api.kubeconfig).unwrap();
-        let kubeconfig = Kubeconfig::from_yaml(&api.kubeconfig).unwrap();
+        let api = Server::start(dir.path()).await;
+        let kubeconfig = api.kubeconfig();
+        std::fs::write(dir.path().join("kubeconfig"), &kubeconfig).unwrap();
+        let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
         let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
             .await
             .unwrap();

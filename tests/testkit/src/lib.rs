@@ -9,6 +9,7 @@ mod far;
 pub mod find;
 pub mod images;
 pub mod processes;
+pub mod servers;
 
 pub use far::{Far, Options, Run};
 

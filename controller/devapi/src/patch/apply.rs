@@ -106,9 +106,9 @@ fn conflict(entries: &[Entry], conflicts: &[(usize, FieldSet)]) -> ApiError {
         if !entry.subresource.is_empty() {
             with.push_str(&format!(" with subresource {:?}", entry.subresource));
         }
-        with.push_str(&format!(" using {}", entry.api_version));
+        // kube-apiserver 1.36 names the version of updates only, and no time.
         if !entry.is_apply {
-            with.push_str(&format!(" at {}", entry.time));
+            with.push_str(&format!(" using {}", entry.api_version));
         }
         let paths = common.paths();
         for path in &paths {
@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(error.code(), 409);
         assert_eq!(
             error.to_string(),
-            "Apply failed with 1 conflict: conflict with \"one\" using t/v1: .spec.image"
+            "Apply failed with 1 conflict: conflict with \"one\": .spec.image"
         );
         let forced = apply_spec(Some(&first), "two", json!({"image": "b"}), true).unwrap();
         assert_eq!(forced["spec"], json!({"image": "b", "cpu": 1}));

@@ -7,6 +7,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use bytes::{Bytes, BytesMut};
 use far_devapi::{Config, DevApi};
+use far_testkit::servers::{self, ControlPlane, Program};
 use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use hyper::body::Incoming;
@@ -99,9 +100,10 @@ impl Client {
             .method(method)
             .uri(path)
             .header("host", &self.address);
-        request = request
-            .header("authorization", format!("Bearer {}", self.token))
-            .header("user-agent", "test/1");
+        request = request.header("user-agent", "test/1");
+        if !self.token.is_empty() {
+            request = request.header("authorization", format!("Bearer {}", self.token));
+        }
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -178,6 +180,8 @@ impl Client {
             .post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &crd())
             .await;
         assert_eq!(code, 201, "{body}");
+        // A real server serves a new kind a moment later.
+        self.wait(AGENTS, |code, _| code == 200).await;
     }
 
     /// Asks until the answer satisfies the predicate.
@@ -228,11 +232,28 @@ impl Watch {
     }
 }
 
-/// A server in this process, gone with its data at the end.
+/// A server of one test, gone with its data at the end: far-devapi in this process, or with `FAR_TEST_API=real` a real
+/// kube-apiserver. What speaks of far-devapi alone is in modules named `embedded`, which the real half leaves out.
 pub struct Server {
     pub client: Client,
-    pub api: DevApi,
+    pub kubeconfig: String,
+    pub api: Api,
     pub folder: tempfile::TempDir,
+}
+
+pub enum Api {
+    Embedded(DevApi),
+    Real(ControlPlane),
+}
+
+impl std::ops::Deref for Api {
+    type Target = DevApi;
+    fn deref(&self) -> &DevApi {
+        match self {
+            Self::Embedded(api) => api,
+            Self::Real(_) => panic!("only far-devapi can do that: such a test belongs into a module named `embedded`"),
+        }
+    }
 }
 
 impl std::ops::Deref for Server {
@@ -244,14 +265,24 @@ impl std::ops::Deref for Server {
 
 pub async fn start() -> Server {
     let folder = tempfile::tempdir().unwrap();
-    let api = DevApi::start(Config {
-        enable_fault_injection: true,
-        ..Config::new(folder.path())
-    })
-    .await
-    .unwrap();
+    let (api, kubeconfig) = if servers::are_asked_for() {
+        let data = folder.path().join("servers");
+        let start = move || ControlPlane::start(&data, &[Program::ControllerManager]);
+        let plane = tokio::task::spawn_blocking(start).await.unwrap().unwrap();
+        let kubeconfig = std::fs::read_to_string(&plane.kubeconfig).unwrap();
+        (Api::Real(plane), kubeconfig)
+    } else {
+        let api = DevApi::start(Config {
+            enable_fault_injection: true,
+            ..Config::new(folder.path())
+        });
+        let api = api.await.unwrap();
+        let kubeconfig = api.kubeconfig.clone();
+        (Api::Embedded(api), kubeconfig)
+    };
     Server {
-        client: Client::from_kubeconfig(&api.kubeconfig),
+        client: Client::from_kubeconfig(&kubeconfig),
+        kubeconfig,
         api,
         folder,
     }
