@@ -22,7 +22,10 @@ pub struct Config {
     /// Written with the bound address (host:port) once the blade API serves.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
-    /// Install or update the CRDs at start.
+    /// Keep the CA, join tokens and revocations in Secret far-system/far-controller-state too, for other replicas.
+    #[arg(long)]
+    pub share_state: bool,
+    /// Install or update the namespaces and CRDs at start.
     #[arg(long)]
     pub install_crds: bool,
     /// Keep a fresh one-use join token in this file (0600) while the controller runs.
@@ -70,6 +73,7 @@ impl Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             server_name: Vec::new(),
             ready_file: None,
+            share_state: false,
             install_crds: false,
             issue_join_token_file: None,
             join_token_blade: None,

@@ -30,6 +30,7 @@ mod nodes;
 mod reconcile;
 mod registry;
 mod run;
+mod shared;
 mod status_writer;
 pub mod tokens;
 mod world;

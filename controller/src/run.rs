@@ -33,6 +33,7 @@ use crate::{
     nodes::Nodes,
     reconcile::{self, Context},
     registry::Registry,
+    shared::Shared,
     tokens::{self, Revocations, Tokens},
     world::World,
 };
@@ -72,9 +73,8 @@ struct Keeper {
 pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running> {
     let holder = Holder::claim(&config.state_dir)?;
     let client = connect(&config).await?;
-    let ca = Arc::new(Ca::load_or_make(&config.state_dir.join("ca"))?);
-    install::namespaces(&client).await?;
     if config.install_crds {
+        install::namespaces(&client).await?;
         install::crds(&client).await?;
     }
     let elector = Elector::new(client.clone(), &holder, config.lease_duration);
@@ -91,6 +91,20 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     // Ends the parts: told to end, or the lead is lost.
     let stop = shutdown.child_token();
     let mut tasks = JoinSet::new();
+    let shared = match config.share_state {
+        true => Some(Shared::take_over(client.clone(), &config.state_dir).await?),
+        false => None,
+    };
+    let ca = Arc::new(Ca::load_or_make(&config.state_dir.join("ca"))?);
+    if let Some(mut shared) = shared {
+        // Before any blade trusts the CA.
+        shared.keep().await?;
+        let stop = stop.clone();
+        tasks.spawn(async move {
+            shared.follow(stop).await;
+            Ok(())
+        });
+    }
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
     let address = serve(&config, &ca, &registry, &lead, &stop, &mut tasks).await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));

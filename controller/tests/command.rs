@@ -64,7 +64,7 @@ fn bad_arguments_are_named() {
 async fn it_says_when_it_serves_and_ends_on_term_with_the_lead_given_back() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let api = Server::start(folder.path()).await;
+    let api = Server::start(folder.path(), &[]).await;
     std::fs::write(at("kubeconfig"), api.kubeconfig()).unwrap();
     let mut process = tokio::process::Command::new(env!("CARGO_BIN_EXE_far-controller"))
         .arg("run")

@@ -45,7 +45,7 @@ func up(arguments []string) error {
 	runtime.LockOSThread()
 	flags := flag.NewFlagSet("up", flag.ExitOnError)
 	dir := flags.String("dir", "", "folder for its data, made when missing; a used one goes on with its data")
-	with := flags.String("with", "", "further programs, comma-separated: controller-manager, scheduler")
+	with := flags.String("with", "", "further parts, comma-separated: controller-manager, scheduler, audit-log (in --dir)")
 	tied := flags.Bool("tied", false, "end when standard input ends")
 	if err := flags.Parse(arguments); err != nil {
 		return err
@@ -70,13 +70,14 @@ func up(arguments []string) error {
 	if err := p.prepare(); err != nil {
 		return err
 	}
-	kubeconfig, err := p.serve(asked)
+	parts := strings.Split(*with, ",")
+	kubeconfig, err := p.serve(asked, slices.Contains(parts, "audit-log"))
 	if err != nil {
 		return err
 	}
-	for _, program := range strings.Split(*with, ",") {
+	for _, program := range parts {
 		switch program {
-		case "":
+		case "", "audit-log":
 		case "controller-manager":
 			err = p.start(program, "--kubeconfig="+kubeconfig, "--secure-port=0", "--leader-elect=false",
 				"--use-service-account-credentials=false", "--service-account-private-key-file="+p.file("sa.key"),
@@ -87,7 +88,7 @@ func up(arguments []string) error {
 			err = p.start(program, "--kubeconfig="+kubeconfig, "--secure-port=0", "--leader-elect=false",
 				"--kube-api-qps=5000", "--kube-api-burst=10000")
 		default:
-			err = fmt.Errorf("--with: %q is none of controller-manager and scheduler", program)
+			err = fmt.Errorf("--with: %q is none of controller-manager, scheduler and audit-log", program)
 		}
 		if err != nil {
 			return err
@@ -153,7 +154,7 @@ func (p *plane) start(program string, arguments ...string) error {
 }
 
 // serve starts etcd and the API server on free ports, and waits until it is ready.
-func (p *plane) serve(asked <-chan os.Signal) (string, error) {
+func (p *plane) serve(asked <-chan os.Signal, audited bool) (string, error) {
 	ports, err := freePorts(3)
 	if err != nil {
 		return "", err
@@ -166,11 +167,19 @@ func (p *plane) serve(asked <-chan os.Signal) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	err = p.start("apiserver", "--etcd-servers="+client, "--secure-port="+ports[2], "--bind-address=127.0.0.1",
+	var audit []string
+	if audited {
+		policy := "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n- level: Metadata\n"
+		if err := os.WriteFile(p.file("audit-policy.yaml"), []byte(policy), 0o600); err != nil {
+			return "", err
+		}
+		audit = []string{"--audit-policy-file=" + p.file("audit-policy.yaml"), "--audit-log-path=" + p.file("audit.log")}
+	}
+	err = p.start("apiserver", append(audit, "--etcd-servers="+client, "--secure-port="+ports[2], "--bind-address=127.0.0.1",
 		"--cert-dir="+p.file("certs"), "--authorization-mode=RBAC", "--token-auth-file="+p.file("tokens.csv"),
 		"--service-cluster-ip-range=10.0.0.0/24", "--disable-admission-plugins=ServiceAccount",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+p.file("sa.key"),
-		"--service-account-signing-key-file="+p.file("sa.key"), "--shutdown-delay-duration=0")
+		"--service-account-signing-key-file="+p.file("sa.key"), "--shutdown-delay-duration=0")...)
 	if err != nil {
 		return "", err
 	}

@@ -25,6 +25,7 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
             .and_then(|schema| schema.open_api_v3_schema.as_mut())
         {
             quantities_are_never_null(schema);
+            formats_are_known(schema);
         }
     }
     crds
@@ -43,6 +44,22 @@ fn quantities_are_never_null(schema: &mut JSONSchemaProps) {
         .for_each(quantities_are_never_null);
     if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
         quantities_are_never_null(items);
+    }
+}
+
+/// schemars names Rust's own formats (`uint32`); kube-apiserver warns of each at every apply. The minimum says as much.
+fn formats_are_known(schema: &mut JSONSchemaProps) {
+    if schema
+        .format
+        .as_deref()
+        .is_some_and(|format| format.starts_with("uint"))
+    {
+        schema.format = None;
+    }
+    let fields = schema.properties.iter_mut().flat_map(|all| all.values_mut());
+    fields.for_each(formats_are_known);
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        formats_are_known(items);
     }
 }
 

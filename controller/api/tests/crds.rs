@@ -34,6 +34,44 @@ fn the_checked_in_crds_are_those_of_the_types() {
     }
 }
 
+#[test]
+fn the_install_file_is_its_base_with_the_crds_of_the_types() {
+    let deploy = folder().join("../../deploy");
+    let base = |name: &str| fs::read_to_string(deploy.join("base").join(name)).unwrap();
+    let crds: Vec<String> = crds_yaml().unwrap().into_iter().map(|(_, text)| text).collect();
+    // Namespaces and kinds before what is in them and of them.
+    let mut parts = vec![base("namespaces.yaml")];
+    parts.extend(crds);
+    parts.extend([base("rbac.yaml"), base("controller.yaml")]);
+    let parts: Vec<_> = parts.iter().map(|part| part.trim_end()).collect();
+    let text = format!(
+        "# Made from deploy/base and the CRDs; change those.\n{}\n",
+        parts.join("\n---\n")
+    );
+    let path = deploy.join("far.yaml");
+    if std::env::var_os("FAR_UPDATE_CRDS").is_some() {
+        fs::write(&path, &text).unwrap();
+    }
+    assert!(
+        fs::read_to_string(&path).unwrap_or_default() == text,
+        "deploy/far.yaml is not up to date: run the tests once with FAR_UPDATE_CRDS=1"
+    );
+}
+
+#[test]
+fn every_format_is_one_that_kubernetes_knows() {
+    for (kind, schema) in schemas() {
+        walk(&schema, &kind, &mut |path, node| {
+            if let Some(format) = node["format"].as_str() {
+                assert!(
+                    matches!(format, "int32" | "int64" | "date-time"),
+                    "{path} has format {format}"
+                );
+            }
+        });
+    }
+}
+
 /// Walks every schema below `node` and calls `see` with its path.
 fn walk(node: &Value, path: &str, see: &mut dyn FnMut(&str, &Value)) {
     see(path, node);

@@ -123,7 +123,15 @@ async fn apply_bodies_may_be_yaml_and_need_a_manager_and_known_fields() {
         .try_call("PATCH", &format!("{AGENTS}/made"), &headers, yaml.into())
         .await
         .unwrap();
-    assert_eq!(nobody.code, 400);
+    assert_eq!(
+        (nobody.code, &nobody.body["message"]),
+        (
+            422,
+            &json!(
+                "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch"
+            )
+        )
+    );
     let (code, body) = server
         .apply("z", "m", &agent("z", json!({"image": "i", "imagee": 1})))
         .await;

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -32,6 +32,9 @@ use tonic::{
 };
 
 use super::Cluster;
+
+/// Between two heartbeats, milliseconds. Tests do not like to wait; a bench sets what the controller asks for.
+pub static HEARTBEAT_MS: AtomicU64 = AtomicU64::new(200);
 
 /// A key and a request for a name.
 pub fn csr(name: &str) -> (KeyPair, String) {
@@ -126,6 +129,8 @@ pub struct Fake {
     pub breaks_after_writing: Arc<AtomicBool>,
     /// Claim to know a newer controller.
     pub claims_newer_epoch: Arc<AtomicBool>,
+    /// Every new attempt runs and completes by itself.
+    pub completes_by_itself: Arc<AtomicBool>,
 }
 
 /// A running fake blade; dropping it is its death.
@@ -161,6 +166,7 @@ impl FakeBlade {
             full: Arc::default(),
             breaks_after_writing: Arc::default(),
             claims_newer_epoch: Arc::default(),
+            completes_by_itself: Arc::default(),
         };
         Self::resume(cluster, name, room, credentials, fake).await
     }
@@ -204,7 +210,7 @@ impl FakeBlade {
                 };
                 // While the controller is away there is nobody to tell.
                 let _ = client.heartbeat(request).await;
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                tokio::time::sleep(Duration::from_millis(HEARTBEAT_MS.load(Ordering::Relaxed))).await;
             }
         });
         let blade = Self {
@@ -433,6 +439,15 @@ impl Node for Fake {
             state: Some(state.clone()),
             replay_done: false,
         });
+        drop(ledger);
+        if self.completes_by_itself.load(Ordering::SeqCst) {
+            let (fake, uid) = (self.clone(), state.identity.clone().unwrap_or_default().uid);
+            tokio::spawn(async move {
+                fake.running(&uid);
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                fake.ended(&uid, EndReason::Completed, Some(0), "");
+            });
+        }
         if self.breaks_after_writing.load(Ordering::SeqCst) {
             return Err(Status::resource_exhausted("h2: ENHANCE_YOUR_CALM"));
         }

@@ -9,6 +9,7 @@ use std::{path::PathBuf, time::Duration};
 
 use far_api::{FarAgent, FarNode};
 use far_controller::{Config, Running};
+use far_testkit::servers::Part;
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PostParams},
@@ -51,29 +52,44 @@ impl Cluster {
     }
 
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        let mut cluster = Self::without_controller(&[]).await;
+        cluster.start_controller(change).await;
+        cluster
+    }
+
+    /// With the parts of a control plane that a test is about.
+    pub async fn start_beside(with: &'static [Part]) -> Self {
+        let mut cluster = Self::without_controller(with).await;
+        cluster.start_controller(|_| {}).await;
+        cluster
+    }
+
+    async fn without_controller(with: &'static [Part]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let api = Server::start(dir.path(), with).await;
+        Self::on(dir, api).await
+    }
+
+    /// On an API that runs; no controller yet.
+    pub async fn on(dir: TempDir, api: Server) -> Self {
         let _ = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
             .with_test_writer()
             .try_init();
-        let dir = tempfile::tempdir().unwrap();
-        let api = Server::start(dir.path()).await;
         let kubeconfig = api.kubeconfig();
         std::fs::write(dir.path().join("kubeconfig"), &kubeconfig).unwrap();
         let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
         let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
             .await
             .unwrap();
-        let client = Client::try_from(config).unwrap();
-        let mut cluster = Self {
+        Self {
             dir,
             api,
-            client,
+            client: Client::try_from(config).unwrap(),
             controller: None,
             address: String::new(),
             epoch: 0,
-        };
-        cluster.start_controller(change).await;
-        cluster
+        }
     }
 
     pub fn config(&self) -> Config {

@@ -4,7 +4,7 @@
 use std::{ops::Deref, path::Path};
 
 use far_devapi::DevApi;
-use far_testkit::servers::{self, ControlPlane};
+use far_testkit::servers::{self, ControlPlane, Part};
 
 pub enum Server {
     Embedded(DevApi),
@@ -12,16 +12,21 @@ pub enum Server {
 }
 
 impl Server {
-    /// With its data in `dir`.
-    pub async fn start(dir: &Path) -> Self {
+    /// With its data in `dir`. Of a real one the parts that are named run too; far-devapi has no parts.
+    pub async fn start(dir: &Path, with: &'static [Part]) -> Self {
         if servers::are_asked_for() {
-            let folder = dir.join("servers");
-            let start = move || ControlPlane::start(&folder, &[]);
-            let plane = tokio::task::spawn_blocking(start).await.unwrap();
-            return Self::Real(plane.unwrap());
+            return Self::real(dir, with).await;
         }
         let config = far_devapi::Config::new(dir.join("devapi"));
         Self::Embedded(DevApi::start(config).await.unwrap())
+    }
+
+    /// A kube-apiserver in any case.
+    pub async fn real(dir: &Path, with: &'static [Part]) -> Self {
+        let folder = dir.join("servers");
+        let start = move || ControlPlane::start(&folder, with);
+        let plane = tokio::task::spawn_blocking(start).await.unwrap();
+        Self::Real(plane.unwrap())
     }
 
     pub fn kubeconfig(&self) -> String {

@@ -10,20 +10,23 @@ use std::{
 
 use crate::find;
 
-/// A further program of the control plane, beside etcd and the API server.
+/// A further part of the control plane, beside etcd and the API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Program {
+pub enum Part {
     /// Garbage collection, namespaces, service accounts, Deployments.
     ControllerManager,
     /// kube-scheduler, with client limits that do not hold it back.
     Scheduler,
+    /// Who asked for what, one JSON object a line: [`ControlPlane::audit_log`].
+    AuditLog,
 }
 
-impl Program {
+impl Part {
     fn name(self) -> &'static str {
         match self {
             Self::ControllerManager => "controller-manager",
             Self::Scheduler => "scheduler",
+            Self::AuditLog => "audit-log",
         }
     }
 }
@@ -67,9 +70,9 @@ impl ControlPlane {
     ///
     /// # Errors
     /// It cannot be built here, or did not start; the text says where to look.
-    pub fn start(folder: &Path, with: &[Program]) -> Result<Self, String> {
+    pub fn start(folder: &Path, with: &[Part]) -> Result<Self, String> {
         let programs = programs()?;
-        let with: Vec<_> = with.iter().map(|program| program.name()).collect();
+        let with: Vec<_> = with.iter().map(|part| part.name()).collect();
         let mut process = Command::new(programs.join("kube"))
             .args(["up", "--tied", "--with", &with.join(","), "--dir"])
             .arg(folder)
@@ -91,6 +94,12 @@ impl ControlPlane {
             Ok(_) => Err(format!("kube up did not start: see {}", plane.folder.display())),
             Err(error) => Err(format!("reading from kube up: {error}")),
         }
+    }
+
+    /// The file of [`Part::AuditLog`].
+    #[must_use]
+    pub fn audit_log(&self) -> PathBuf {
+        self.folder.join("audit.log")
     }
 
     /// The process id of one of its programs, by its word: `apiserver`, `etcd`, `scheduler`, `controller-manager`.

@@ -126,6 +126,9 @@ pub(crate) fn list(app: &App, target: &Target, parameters: &Parameters) -> Resul
         if selector.is_empty() {
             metadata["remainingItemCount"] = json!(remaining);
         }
+    } else if resource.is_custom() {
+        // As kube-apiserver writes lists of custom kinds; of built-in ones it leaves an empty field out.
+        metadata["continue"] = json!("");
     }
     Ok(render(target, &page, metadata, parameters))
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::settle::{check_namespace, check_type, revise, same_but_stamps, settle, settle_namespace, writer};
 use super::{Target, present, presented, to_stored};
 use crate::app::App;
-use crate::error::{ApiError, Cause};
+use crate::error::{ApiError, Cause, Subject};
 use crate::meta;
 use crate::patch::{apply, managed, merge, strategic};
 use crate::request::Parameters;
@@ -223,10 +223,13 @@ async fn server_side_apply(
 ) -> Result<Written, ApiError> {
     let resource = &target.resource;
     if !parameters.manager_is_explicit {
-        return Err(ApiError::BadRequest(
-            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch"
-                .into(),
-        ));
+        let options = Subject {
+            group: "meta.k8s.io".into(),
+            kind: "PatchOptions".into(),
+            ..Subject::default()
+        };
+        let missing = Cause::required("fieldManager", "is required for apply patch");
+        return Err(ApiError::Invalid(options, vec![missing]));
     }
     let mut config = config.clone();
     check_type(target, &config)?;

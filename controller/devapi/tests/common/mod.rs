@@ -7,7 +7,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use bytes::{Bytes, BytesMut};
 use far_devapi::{Config, DevApi};
-use far_testkit::servers::{self, ControlPlane, Program};
+use far_testkit::servers::{self, ControlPlane, Part};
 use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use hyper::body::Incoming;
@@ -180,8 +180,10 @@ impl Client {
             .post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &crd())
             .await;
         assert_eq!(code, 201, "{body}");
-        // A real server serves a new kind a moment later.
+        // A real server serves a new kind a moment later, and describes it after that.
         self.wait(AGENTS, |code, _| code == 200).await;
+        self.wait("/openapi/v3", |_, index| index["paths"]["apis/tiffany.dev/v1"].is_object())
+            .await;
     }
 
     /// Asks until the answer satisfies the predicate.
@@ -267,7 +269,7 @@ pub async fn start() -> Server {
     let folder = tempfile::tempdir().unwrap();
     let (api, kubeconfig) = if servers::are_asked_for() {
         let data = folder.path().join("servers");
-        let start = move || ControlPlane::start(&data, &[Program::ControllerManager]);
+        let start = move || ControlPlane::start(&data, &[Part::ControllerManager]);
         let plane = tokio::task::spawn_blocking(start).await.unwrap().unwrap();
         let kubeconfig = std::fs::read_to_string(&plane.kubeconfig).unwrap();
         (Api::Real(plane), kubeconfig)
