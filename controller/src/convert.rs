@@ -236,6 +236,7 @@ pub(crate) fn report(state: wire::AgentState) -> Option<(wire::Identity, Report)
         wire::Phase::Accepted => Stage::Accepted,
         wire::Phase::Preparing => Stage::Preparing,
         wire::Phase::Starting => Stage::Starting,
+        wire::Phase::Warm => Stage::Warm,
         wire::Phase::Running => Stage::Running,
         wire::Phase::Stopping => Stage::Stopping,
         wire::Phase::Ended => Stage::Ended,

@@ -216,7 +216,7 @@ impl Links {
             let done = match report.stage {
                 Stage::Ended => calls.forget(identity).await,
                 Stage::Stopping => Ok(()),
-                Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Running => {
+                Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Warm | Stage::Running => {
                     calls.stop(identity, None, EndReason::Evicted).await.map(drop)
                 }
             };

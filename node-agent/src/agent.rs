@@ -7,31 +7,37 @@
 //! adopted (spawned by an earlier far-node) ───────────────────────────────► as well                         │
 //!                                                                         └─────────────────────────────────┘
 //! ```
+//! A warm attempt's task holds Config back after Hello. When another attempt claims the VM, the task becomes that
+//! attempt's: see [`claim`].
+//!
 //! What to do is decided in [`crate::record`], [`crate::outcome`] and [`crate::control::protocol`]; here it is done. When
 //! far-node shuts down, the task ends and its VM stays: the next far-node adopts it.
 //!
 //! Invariant: each fact is in the ledger before it is acted upon, told, or acknowledged to the guest.
 
+pub(crate) mod claim;
+
 use crate::{
     board::Board,
     clock::Clock,
     control::{
-        delivery::{self, LaunchError},
+        delivery::{self, Launch, LaunchError},
         listener::{Dialled, Listener},
         protocol::Violation,
         session::{Session, SessionEvent},
     },
     guests::Guests,
-    host::{ImageFault, Images, VmHost, VmPlan},
+    host::{ImageFault, Images, ReadyImage, VmHost, VmPlan},
     ledger::Ledger,
     log_sink::{LogSignal, LogSink},
     logs::read_tail,
     metrics::Metrics,
-    names::VmId,
+    names::{AttemptKey, VmId},
     outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
     record::{EndReason, ExitReport, Fact, Misfit, Record, Resources, Spawn, StopOrder, UnixMs},
-    spec::Spec,
+    spec::{Identity, Spec},
 };
+use claim::NotClaimed;
 use far_proto::{
     frame::CONTROL_PORT,
     guest::{ExitAck, HostMessage, Reseed, SetTime, Shutdown, Stage, host_message::Kind},
@@ -114,12 +120,20 @@ impl Blade {
 pub(crate) enum Request {
     /// End the attempt; answered when the order is in the ledger.
     Stop {
+        /// Whom it is for: a claim may have come first.
+        key: AttemptKey,
         grace_s: Option<u32>,
         reason: Option<EndReason>,
         done: oneshot::Sender<()>,
     },
     /// The same spec again, with secrets that may be missing here.
-    Refresh(Box<Spec>),
+    Refresh { key: AttemptKey, spec: Box<Spec> },
+    /// Hand the warm VM over to this attempt; answered when that is in the ledger.
+    Claim {
+        identity: Identity,
+        spec: Box<Spec>,
+        done: oneshot::Sender<Result<(), NotClaimed>>,
+    },
 }
 
 /// Leads out of a task before its end.
@@ -166,7 +180,7 @@ impl AgentTask {
         requests: mpsc::Receiver<Request>,
         signal: watch::Sender<LogSignal>,
     ) -> Self {
-        let may_have_started = record.spawn.is_some();
+        let may_have_started = record.spawn.is_some() && !record.start_on_claim;
         let (tell, told) = mpsc::channel(64);
         Self {
             blade,
@@ -438,14 +452,22 @@ impl AgentTask {
 
     async fn on_request(&mut self, request: Request) -> Result<(), Leave> {
         match request {
-            Request::Refresh(spec) => {
+            // For the warm attempt that this one was.
+            Request::Refresh { key, .. } | Request::Stop { key, .. } if key != self.record.identity.key => Ok(()),
+            Request::Refresh { spec, .. } => {
                 if self.spec.as_ref().is_none_or(|spec| !spec.is_complete()) {
                     self.spec = Some(*spec);
                     self.deliver();
                 }
                 Ok(())
             }
-            Request::Stop { grace_s, reason, done } => {
+            Request::Claim { identity, spec, done } => {
+                let _ = done.send(self.claim(identity, *spec).await);
+                Ok(())
+            }
+            Request::Stop {
+                grace_s, reason, done, ..
+            } => {
                 self.order_stop(grace_s.unwrap_or(self.record.grace_s), reason).await;
                 let _ = done.send(()); // The asker may have gone away.
                 if self.record.spawn.is_none() {
@@ -547,7 +569,7 @@ impl AgentTask {
         let (Some(session), Some(spec), Some(launch)) = (&self.session, &self.spec, &self.record.launch) else {
             return;
         };
-        if self.record.started_at.is_some() || self.record.stop.is_some() {
+        if self.record.start_on_claim || self.record.started_at.is_some() || self.record.stop.is_some() {
             return;
         }
         let name = &self.record.identity.name;
@@ -722,7 +744,7 @@ impl AgentTask {
         if let Err(error) = blade.host.release(&vm).await {
             tracing::warn!(vm.id = %vm, %error, "something of an ended microVM is left: the next start cleans it up");
         }
-        if let Err(error) = blade.ledger.remove_spec(&vm) {
+        if let Err(error) = blade.ledger.remove_spec(&self.record.name()) {
             tracing::warn!(vm.id = %vm, %error, "the spec of an ended attempt is left in the ledger");
         }
     }
@@ -743,7 +765,12 @@ impl AgentTask {
     async fn change(&mut self, fact: Fact) -> Result<(), Misfit> {
         let mut record = (*self.record).clone();
         record.apply(fact)?;
-        let record = Arc::new(record);
+        self.keep(Arc::new(record)).await;
+        Ok(())
+    }
+
+    /// The task's record from now on.
+    async fn keep(&mut self, record: Arc<Record>) {
         loop {
             let (blade, written) = (self.blade.clone(), record.clone());
             let (stale, log) = (self.heartbeat_stale, self.signal.subscribe());
@@ -764,7 +791,6 @@ impl AgentTask {
             tokio::time::sleep(LEDGER_RETRY).await;
         }
         self.record = record;
-        Ok(())
     }
 
     /// For facts that fit wherever they are stated.
@@ -787,23 +813,7 @@ type Prepared = (VmPlan, String, delivery::Launch, Resources);
 /// Everything before the spawn that takes time: image, program, folder.
 fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Forced> {
     let refused = |reason, message| Forced::Refused { reason, message };
-    let image = blade.images.prepare(&spec.image).map_err(|fault| match fault {
-        ImageFault::Unknown { .. } => refused(
-            EndReason::ImageError,
-            format!("spec.image: {fault}; load it with `far image load`"),
-        ),
-        ImageFault::Bad { .. } | ImageFault::Store { .. } => {
-            refused(EndReason::ImageError, format!("spec.image: {fault}"))
-        }
-    })?;
-    let mut launch =
-        delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
-            let reason = match error {
-                LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
-                LaunchError::Settings { .. } => EndReason::ImageError,
-            };
-            refused(reason, error.to_string())
-        })?;
+    let (image, mut launch) = resolve(blade, spec)?;
     let plan = VmPlan {
         vm,
         rootfs: image.rootfs,
@@ -816,4 +826,31 @@ fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Fo
         .map_err(|error| refused(EndReason::Error, error.to_string()))?;
     launch.nic = prepared.nic;
     Ok((plan, image.digest, launch, prepared.resources))
+}
+
+/// Image and program. Blocking.
+fn resolve(blade: &Blade, spec: &Spec) -> Result<(ReadyImage, Launch), Forced> {
+    let refused = |reason, message| Forced::Refused { reason, message };
+    let image = blade.images.prepare(&spec.image).map_err(|fault| match fault {
+        ImageFault::Unknown { .. } => refused(
+            EndReason::ImageError,
+            format!("spec.image: {fault}; load it with `far image load`"),
+        ),
+        ImageFault::Bad { .. } | ImageFault::Store { .. } => {
+            refused(EndReason::ImageError, format!("spec.image: {fault}"))
+        }
+    })?;
+    if spec.start_on_claim {
+        let launch = Launch::idle(&image.settings);
+        return Ok((image, launch));
+    }
+    let launch =
+        delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
+            let reason = match error {
+                LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
+                LaunchError::Settings { .. } => EndReason::ImageError,
+            };
+            refused(reason, error.to_string())
+        })?;
+    Ok((image, launch))
 }

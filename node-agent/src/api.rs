@@ -6,6 +6,7 @@ mod inside;
 mod logs;
 
 use crate::{
+    agent::claim::NotClaimed,
     board::{Board, Watch},
     capacity::Machine,
     epoch::{EpochGuard, Origin},
@@ -138,6 +139,12 @@ impl From<Refusal> for Status {
             Refusal::NewerKnown { .. } => Self::already_exists(text),
             Refusal::StillRuns(_) => Self::failed_precondition(text),
             Refusal::Busy(_) => Self::unavailable(text),
+            Refusal::NotClaimed(NotClaimed::NotWarm(_) | NotClaimed::Unfit(_)) => Self::not_found(text),
+            Refusal::NotClaimed(NotClaimed::Rejected(_)) => Self::invalid_argument(text),
+            Refusal::NotClaimed(NotClaimed::Ledger(error)) => {
+                tracing::error!(error = ?error, "the ledger cannot be written: a claim was refused");
+                Self::unavailable(text)
+            }
             Refusal::Ledger(error) => {
                 tracing::error!(error = ?error, "the ledger cannot be written: a call was refused");
                 Self::unavailable(text)
@@ -165,6 +172,19 @@ impl Node for NodeApi {
         let identity = check_identity(request.identity)?;
         let spec = check_spec(request.spec)?;
         let entry = self.supervisor.ensure(identity, spec).await?;
+        Ok(Response::new(wire::agent_state(&entry)))
+    }
+
+    async fn claim_agent(&self, request: Request<proto::ClaimAgentRequest>) -> Result<Response<AgentState>, Status> {
+        let request = request.into_inner();
+        self.check_epoch(request.epoch).await?;
+        let warm = check_identity(request.warm).map_err(|error| InvalidField {
+            field: error.field.replacen("identity", "warm", 1),
+            ..error
+        })?;
+        let identity = check_identity(request.identity)?;
+        let spec = check_spec(request.spec)?;
+        let entry = self.supervisor.claim(warm.key, identity, spec).await?;
         Ok(Response::new(wire::agent_state(&entry)))
     }
 

@@ -4,12 +4,16 @@
 //! secrets, written once before the record. A record that cannot be read is kept aside as `<VmId>.damaged` and its
 //! attempt is never booted: not knowing is no permission.
 //!
+//! A record is named after its attempt; the VM it speaks of may be another's that it claimed.
+//!
 //! Invariant: one attempt boots at most once; the record says Starting (fsync) before the VMM is spawned.
+//! Invariant: a warm attempt is claimed at most once: the claimant's record is the claim, and the warm one's end follows
+//! from it, at the next start if not before.
 
 use crate::{
     files::{read_if_there, remove_file, write_atomic},
     names::VmId,
-    record::{Record, UnixMs},
+    record::{Fact, Record, UnixMs},
     spec::{Spec, SpecWithoutSecrets},
 };
 use std::{
@@ -93,9 +97,9 @@ impl Ledger {
     /// The old record is still there.
     pub fn write(&self, record: &Record) -> Result<(), LedgerError> {
         let bytes = serde_json::to_vec(record).expect("a record is plain data");
-        write_atomic(&self.record_path(&record.vm_id), &bytes).map_err(|source| LedgerError::Write {
+        write_atomic(&self.record_path(&record.name()), &bytes).map_err(|source| LedgerError::Write {
             what: "the record",
-            vm: record.vm_id.clone(),
+            vm: record.name(),
             source,
         })
     }
@@ -161,16 +165,38 @@ impl Ledger {
                 remove_file(&self.folder.join(&name)).map_err(in_folder)?;
             }
         }
+        self.finish_claims(&mut loaded.records)?;
         loaded
             .records
             .sort_by(|(a, _), (b, _)| a.identity.key.cmp(&b.identity.key));
         Ok(loaded)
     }
 
-    fn read(&self, vm: &VmId) -> Option<Record> {
-        let bytes = read_if_there(&self.record_path(vm)).ok()??;
+    /// A claim whose claimant is on disk happened, also where far-node was killed before the warm record said so.
+    fn finish_claims(&self, records: &mut [(Record, Option<Spec>)]) -> Result<(), LedgerError> {
+        let claims: Vec<_> = records
+            .iter()
+            .filter_map(|(record, _)| Some((record.claim.clone()?, record.identity.clone())))
+            .collect();
+        for (claim, by) in claims {
+            let warm = records
+                .iter_mut()
+                .map(|(record, _)| record)
+                .find(|record| record.identity.key == claim.warm && !record.is_ended());
+            if let Some(warm) = warm
+                && warm.apply(Fact::Claimed { at: claim.at, by }).is_ok()
+            {
+                self.write(warm)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, name: &VmId) -> Option<Record> {
+        let bytes = read_if_there(&self.record_path(name)).ok()??;
         let record: Record = serde_json::from_slice(&bytes).ok()?;
-        (record.vm_id == *vm && VmId::of(&record.identity.key) == *vm && record.end.is_some() == record.is_ended())
+        let owner = record.claim.as_ref().map_or(&record.identity.key, |claim| &claim.warm);
+        (record.name() == *name && record.vm_id == VmId::of(owner) && record.end.is_some() == record.is_ended())
             .then_some(record)
     }
 
@@ -194,7 +220,7 @@ mod tests {
     use super::*;
     use crate::{
         record::{
-            EndReason, Fact,
+            EndReason,
             tests::{an_end, fresh},
         },
         spec::{check_spec, tests::wire_spec},

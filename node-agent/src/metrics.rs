@@ -89,6 +89,7 @@ pub struct Metrics {
     pub(crate) heartbeats: IntCounter,
     pub(crate) connections: IntCounter,
     pub(crate) violations: IntCounter,
+    pub(crate) claims: IntCounter,
     pub(crate) channels: ChannelCounters,
 }
 
@@ -156,6 +157,7 @@ impl Default for Metrics {
                 "far_node_control_connections_total",
                 "Control connections that said Hello and were taken",
             ),
+            claims: counter("far_node_claims_total", "Warm microVMs that another attempt took over"),
             violations: counter(
                 "far_node_control_violations_total",
                 "Control connections cut because the guest broke the protocol",
@@ -202,6 +204,7 @@ impl Metrics {
             (Phase::Accepted, "accepted"),
             (Phase::Preparing, "preparing"),
             (Phase::Starting, "starting"),
+            (Phase::Warm, "warm"),
             (Phase::Running, "running"),
             (Phase::Stopping, "stopping"),
             (Phase::Ended, "ended"),

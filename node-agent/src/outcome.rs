@@ -2,7 +2,7 @@
 //!
 //! Invariant: an exit code is told only where the guest reported one; nothing else ever becomes 0.
 
-use crate::record::{End, EndReason, ExitHow, ExitReport, Record, UnixMs};
+use crate::record::{End, EndReason, ExitHow, ExitReport, Phase, Record, UnixMs};
 use std::time::Duration;
 
 /// After the payload's grace period the guest still has to report, flush and power off before its VMM is killed.
@@ -175,6 +175,7 @@ pub enum Alarm {
 #[must_use]
 pub fn next_alarm(record: &Record, boot_timeout: Duration, adopted_at: Option<UnixMs>) -> Option<(UnixMs, Alarm)> {
     let spawn = record.spawn.as_ref()?;
+    let began_at = record.began_at()?;
     let after = |at: UnixMs, limit: Duration| at.saturating_add(millis(limit));
     let seconds = |s: u32| Duration::from_secs(s.into());
     let seen = |at: UnixMs| at.max(adopted_at.unwrap_or(0));
@@ -184,6 +185,8 @@ pub fn next_alarm(record: &Record, boot_timeout: Duration, adopted_at: Option<Un
         alarms.push((after(exit.at, POWER_OFF_LIMIT), Alarm::Kill(None)));
     } else if let Some(order) = &record.stop {
         alarms.push((after(order.at, seconds(order.grace_s) + STOP_MARGIN), Alarm::Kill(None)));
+    } else if record.phase == Phase::Warm {
+        // Waits for as long as nobody claims it.
     } else if let Some(booted_at) = record.booted_at {
         if record.started_at.is_none() {
             let message = format!(
@@ -191,7 +194,7 @@ pub fn next_alarm(record: &Record, boot_timeout: Duration, adopted_at: Option<Un
                 boot_timeout.as_secs()
             );
             alarms.push((
-                after(seen(booted_at), boot_timeout),
+                after(seen(booted_at.max(began_at)), boot_timeout),
                 Alarm::Kill(Some(Forced::BootTimeout { message })),
             ));
         }
@@ -202,8 +205,8 @@ pub fn next_alarm(record: &Record, boot_timeout: Duration, adopted_at: Option<Un
             Alarm::Kill(Some(Forced::BootTimeout { message })),
         ));
     }
-    if record.deadline_s > 0 && record.stop.is_none() && record.exit.is_none() {
-        alarms.push((after(spawn.at, seconds(record.deadline_s)), Alarm::Deadline));
+    if record.deadline_s > 0 && !record.start_on_claim && record.stop.is_none() && record.exit.is_none() {
+        alarms.push((after(began_at, seconds(record.deadline_s)), Alarm::Deadline));
     }
     let (at, alarm) = alarms.into_iter().min_by_key(|(at, _)| *at)?;
     Some((at.max(earliest), alarm))

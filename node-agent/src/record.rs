@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! Accepted ─► Preparing ─► Starting ─► Running ─► Stopping ─► Ended
-//!     │           │            │          └──────────────────► ▲
-//!     └───────────┴────────────┴──► Stopping (asked to end) ──┘
-//!                                   and straight to Ended from anywhere
+//!     │           │            │ │        └──────────────────► ▲
+//!     └───────────┴────────────┴─┼► Stopping (asked to end) ──┘
+//!                                └► Warm ─► Ended (claimed)    and straight to Ended from anywhere
 //! ```
+//! A warm attempt waits after Hello until another attempt claims its microVM. The claimant's record begins in Starting and
+//! holds the VM from then on; the warm one's only says that it ended and who has its VM.
+//!
 //! Pure: times come in as arguments. Every change is a [`Fact`]; a fact that does not fit the record's state is refused,
 //! so that a hostile guest or a repeated call cannot move a record backwards.
 //!
@@ -13,7 +16,7 @@
 
 use crate::{
     control::delivery::Launch,
-    names::VmId,
+    names::{AttemptKey, VmId},
     spec::{Identity, Spec},
 };
 use serde::{Deserialize, Serialize};
@@ -30,6 +33,8 @@ pub enum Phase {
     Preparing,
     /// VMM about to be spawned or spawned, no payload yet.
     Starting,
+    /// The guest said Hello and waits until another attempt claims it.
+    Warm,
     /// The guest said Ready.
     Running,
     /// Asked to end.
@@ -65,6 +70,15 @@ pub struct Spawn {
     pub at: UnixMs,
     /// Boot id of the blade's kernel then.
     pub boot_id: String,
+}
+
+/// The attempt took over the VM of a warm one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// When.
+    pub at: UnixMs,
+    /// Whose VM it was.
+    pub warm: AttemptKey,
 }
 
 /// Someone asked the attempt to end.
@@ -137,7 +151,7 @@ pub struct End {
 pub struct Record {
     /// Whose.
     pub identity: Identity,
-    /// Name of the VM.
+    /// Name of the VM: the attempt's own name, or that of the warm attempt it claimed.
     pub vm_id: VmId,
     /// Where it stands.
     pub phase: Phase,
@@ -149,6 +163,15 @@ pub struct Record {
     pub grace_s: u32,
     /// Seconds from the spawn on; 0: none.
     pub deadline_s: u32,
+    /// Waits after its boot until another attempt claims its VM.
+    #[serde(default)]
+    pub start_on_claim: bool,
+    /// The VM was a warm attempt's.
+    #[serde(default)]
+    pub claim: Option<Claim>,
+    /// The attempt that has this one's VM now: VM, log and slot are no longer this one's.
+    #[serde(default)]
+    pub claimed_by: Option<AttemptKey>,
     /// When it was recorded.
     pub accepted_at: UnixMs,
     /// Written before the VMM is spawned.
@@ -217,6 +240,13 @@ pub enum Fact {
     StopOrdered(StopOrder),
     /// The guest reported the end of its payload.
     Exited(ExitReport),
+    /// Another attempt has its VM now.
+    Claimed {
+        /// When.
+        at: UnixMs,
+        /// Whose it is.
+        by: Identity,
+    },
     /// It is over.
     Ended {
         /// When.
@@ -252,7 +282,43 @@ impl Record {
         record.memory_mib = spec.memory_mib;
         record.grace_s = spec.grace_s;
         record.deadline_s = spec.deadline_s;
+        record.start_on_claim = spec.start_on_claim;
         record
+    }
+
+    /// The record of an attempt that takes over the VM of this warm one, which says how it was booted.
+    #[must_use]
+    pub fn claimant(&self, identity: Identity, spec: &Spec, launch: Launch, at: UnixMs) -> Self {
+        Self {
+            vm_id: self.vm_id.clone(),
+            phase: Phase::Starting,
+            start_on_claim: false,
+            claim: Some(Claim {
+                at,
+                warm: self.identity.key.clone(),
+            }),
+            spawn: self.spawn.clone(),
+            booted_at: self.booted_at,
+            boot_nonce: self.boot_nonce.clone(),
+            image_digest: self.image_digest.clone(),
+            resources: self.resources.clone(),
+            launch: Some(launch),
+            message: self.message.clone(),
+            ..Self::accepted(identity, spec, at)
+        }
+    }
+
+    /// Name of the record in the ledger.
+    #[must_use]
+    pub fn name(&self) -> VmId {
+        VmId::of(&self.identity.key)
+    }
+
+    /// When the work began: the spawn, or the claim of a VM that ran already.
+    #[must_use]
+    pub fn began_at(&self) -> Option<UnixMs> {
+        let claimed_at = self.claim.as_ref().map(|claim| claim.at);
+        claimed_at.or_else(|| self.spawn.as_ref().map(|spawn| spawn.at))
     }
 
     /// The record of an attempt that was told to stop before it was ever asked for: it ended before it began.
@@ -280,6 +346,9 @@ impl Record {
             memory_mib: 0,
             grace_s: 0,
             deadline_s: 0,
+            start_on_claim: false,
+            claim: None,
+            claimed_by: None,
             accepted_at: at,
             spawn: None,
             booted_at: None,
@@ -319,7 +388,9 @@ impl Record {
             Fact::Preparing => match self.phase {
                 Phase::Accepted => self.phase = Phase::Preparing,
                 Phase::Preparing => {}
-                Phase::Starting | Phase::Running | Phase::Stopping | Phase::Ended => return misfit("Preparing"),
+                Phase::Starting | Phase::Warm | Phase::Running | Phase::Stopping | Phase::Ended => {
+                    return misfit("Preparing");
+                }
             },
             Fact::Spawning {
                 spawn,
@@ -342,11 +413,14 @@ impl Record {
                 if self.is_ended() || self.spawn.is_none() || self.boot_nonce.is_some() {
                     return misfit("Hello");
                 }
+                if self.start_on_claim && self.phase == Phase::Starting {
+                    self.phase = Phase::Warm;
+                }
                 self.booted_at = Some(at);
                 self.boot_nonce = Some(nonce);
             }
             Fact::Ready { at, message } => {
-                if self.is_ended() || self.booted_at.is_none() || self.started_at.is_some() {
+                if self.is_ended() || self.start_on_claim || self.booted_at.is_none() || self.started_at.is_some() {
                     return misfit("Ready");
                 }
                 if self.phase == Phase::Starting {
@@ -365,10 +439,26 @@ impl Record {
                 self.stop.get_or_insert(order);
             }
             Fact::Exited(report) => {
-                if self.is_ended() || self.booted_at.is_none() || self.exit.is_some() {
+                if self.is_ended() || self.start_on_claim || self.booted_at.is_none() || self.exit.is_some() {
                     return misfit("Exited");
                 }
                 self.exit = Some(report);
+            }
+            Fact::Claimed { at, by } => {
+                if self.phase != Phase::Warm {
+                    return misfit("Claimed");
+                }
+                self.phase = Phase::Ended;
+                self.finished_at = Some(at);
+                self.end = Some(End {
+                    reason: EndReason::Evicted,
+                    exit_code: None,
+                    signal: None,
+                    message: format!("claimed by {}/{}", by.namespace, by.name),
+                    tail: String::new(),
+                });
+                self.claimed_by = Some(by.key);
+                self.message.clear();
             }
             Fact::Ended { at, end, vmm_cpu_us } => {
                 if self.is_ended() {

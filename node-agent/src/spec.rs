@@ -44,6 +44,8 @@ pub struct Spec {
     pub deadline_s: u32,
     /// Absolute path; `None`: the image's own, else "/".
     pub working_dir: Option<String>,
+    /// Boot, then wait until another attempt claims the VM.
+    pub start_on_claim: bool,
 }
 
 /// One environment variable.
@@ -109,6 +111,8 @@ pub struct SpecWithoutSecrets {
     grace_s: u32,
     deadline_s: u32,
     working_dir: Option<String>,
+    #[serde(default)]
+    start_on_claim: bool,
 }
 
 impl Spec {
@@ -135,7 +139,44 @@ impl Spec {
             grace_s: spec.grace_s,
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
+            start_on_claim: spec.start_on_claim,
         }
+    }
+
+    /// Whether a VM that was booted for `warm` is what this spec asks for: everything that the boot settled is the same.
+    ///
+    /// # Errors
+    /// The first field that differs.
+    pub fn check_fit(&self, warm: &Self) -> Result<(), InvalidField> {
+        // Each field is named here, so that a new one has to say which of the two it is.
+        let Self {
+            image,
+            cpu_millis,
+            memory_mib,
+            start_on_claim,
+            // These reach the guest at the claim.
+            entrypoint: _,
+            args: _,
+            env: _,
+            files: _,
+            grace_s: _,
+            deadline_s: _,
+            working_dir: _,
+        } = self;
+        let differs = |field: &str| invalid(field, "differs from that of the warm agent");
+        if *start_on_claim {
+            return invalid("spec.startPolicy", "an agent that waits itself cannot claim another");
+        }
+        if *image != warm.image {
+            return differs("spec.image");
+        }
+        if *cpu_millis != warm.cpu_millis {
+            return differs("spec.cpu");
+        }
+        if *memory_mib != warm.memory_mib {
+            return differs("spec.memory");
+        }
+        Ok(())
     }
 
     /// True where every value is known, so that the guest can be given its config.
@@ -164,6 +205,7 @@ impl From<SpecWithoutSecrets> for Spec {
             grace_s: spec.grace_s,
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
+            start_on_claim: spec.start_on_claim,
         }
     }
 }
@@ -305,6 +347,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         grace_s: spec.termination_grace_s,
         deadline_s: spec.active_deadline_s,
         working_dir: spec.working_dir,
+        start_on_claim: spec.start_on_claim,
     })
 }
 
@@ -504,6 +547,33 @@ pub(crate) mod tests {
         }
         assert!(check_spec(Some(wire_spec())).is_ok());
         assert_eq!(check_spec(None).unwrap_err().field, "spec");
+    }
+
+    #[test]
+    fn a_claim_must_agree_in_what_the_boot_settled() {
+        let warm = Spec {
+            start_on_claim: true,
+            ..check_spec(Some(wire_spec())).unwrap()
+        };
+        type Edit = fn(&mut wire::AgentSpec);
+        let cases: [(&str, Edit, Option<&str>); 6] = [
+            ("the same", |_| {}, None),
+            (
+                "what comes at the claim",
+                |s| (s.args, s.env, s.files) = Default::default(),
+                None,
+            ),
+            ("image", |s| s.image = "other:1".into(), Some("spec.image")),
+            ("cpu", |s| s.cpu_millis += 1, Some("spec.cpu")),
+            ("memory", |s| s.memory_mib += 1, Some("spec.memory")),
+            ("waits itself", |s| s.start_on_claim = true, Some("spec.startPolicy")),
+        ];
+        for (why, edit, field) in cases {
+            let mut spec = wire_spec();
+            edit(&mut spec);
+            let fit = check_spec(Some(spec)).unwrap().check_fit(&warm);
+            assert_eq!(fit.err().map(|error| error.field).as_deref(), field, "{why}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! overtakes a start, and a blade that is nearly full all have one answer. It never waits for an attempt's task.
 
 use crate::{
-    agent::{AgentTask, Blade, REQUESTS, Request},
+    agent::{AgentTask, Blade, REQUESTS, Request, claim::NotClaimed},
     board::Entry,
     files::remove_dir,
     ledger::{LedgerError, Loaded, is_tombstone_over},
@@ -13,6 +13,7 @@ use crate::{
     record::{End, EndReason, Fact, Record},
     spec::{Identity, Spec},
 };
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -53,12 +54,20 @@ pub enum Refusal {
     StillRuns(AttemptKey),
     #[error("the blade is busy: {0}")]
     Busy(&'static str),
+    #[error(transparent)]
+    NotClaimed(NotClaimed),
     #[error("the ledger cannot be written")]
     Ledger(#[source] LedgerError),
 }
 
 enum Command {
     Ensure {
+        identity: Identity,
+        spec: Box<Spec>,
+        reply: oneshot::Sender<Result<Entry, Refusal>>,
+    },
+    Claim {
+        warm: AttemptKey,
         identity: Identity,
         spec: Box<Spec>,
         reply: oneshot::Sender<Result<Entry, Refusal>>,
@@ -99,6 +108,8 @@ impl Supervisor {
             keys: HashMap::new(),
             handles: BTreeMap::new(),
             signals: BTreeMap::new(),
+            claims: FuturesUnordered::new(),
+            claiming: BTreeSet::new(),
         };
         let live: BTreeSet<VmId> = loaded
             .records
@@ -141,6 +152,24 @@ impl Supervisor {
         let (reply, answer) = oneshot::channel();
         self.ask(
             Command::Ensure {
+                identity,
+                spec: Box::new(spec),
+                reply,
+            },
+            answer,
+        )
+        .await
+    }
+
+    /// See `ClaimAgent` in node.proto. Answers once the claim is in the ledger.
+    ///
+    /// # Errors
+    /// [`Refusal`]; nothing was recorded then.
+    pub async fn claim(&self, warm: AttemptKey, identity: Identity, spec: Spec) -> Result<Entry, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(
+            Command::Claim {
+                warm,
                 identity,
                 spec: Box::new(spec),
                 reply,
@@ -228,6 +257,18 @@ struct Actor {
     keys: HashMap<Id, AttemptKey>,
     handles: BTreeMap<AttemptKey, mpsc::Sender<Request>>,
     signals: BTreeMap<AttemptKey, watch::Sender<LogSignal>>,
+    /// Claims that tasks were asked for; each brings its task's answer.
+    claims: FuturesUnordered<BoxFuture<'static, Claimed>>,
+    /// Their claimants: nothing else is begun or ended under these names meanwhile.
+    claiming: BTreeSet<AttemptKey>,
+}
+
+/// What a task answered to a claim; no answer: it ended, or broke.
+struct Claimed {
+    warm: AttemptKey,
+    key: AttemptKey,
+    answer: Option<Result<(), NotClaimed>>,
+    reply: oneshot::Sender<Result<Entry, Refusal>>,
 }
 
 impl Actor {
@@ -242,6 +283,7 @@ impl Actor {
                     Ok((id, ())) => self.after_task(id),
                     Err(error) => self.after_panic(error.id()),
                 },
+                Some(claimed) = self.claims.next() => self.after_claim(claimed),
                 Some(command) = inbox.recv() => self.obey(command).await,
                 _ = sweep.tick() => self.sweep().await,
             }
@@ -338,6 +380,16 @@ impl Actor {
             Command::Ensure { identity, spec, reply } => {
                 let _ = reply.send(self.ensure(identity, *spec).await);
             }
+            Command::Claim {
+                warm,
+                identity,
+                spec,
+                reply,
+            } => {
+                if let Some((answer, reply)) = self.claim(warm, identity, spec, reply).await {
+                    let _ = reply.send(answer);
+                }
+            }
             Command::Stop {
                 identity,
                 grace_s,
@@ -352,16 +404,24 @@ impl Actor {
         }
     }
 
-    async fn ensure(&mut self, identity: Identity, spec: Spec) -> Result<Entry, Refusal> {
-        let key = identity.key.clone();
-        if let Some(entry) = self.blade.board.entry(&key) {
-            if let Some(handle) = self.handles.get(&key) {
-                // A full queue loses nothing: the caller calls again until the agent runs.
-                let _ = handle.try_send(Request::Refresh(Box::new(spec)));
-            }
-            return Ok(entry);
+    /// The attempt where it is known here; its task gets the spec for secrets that it may miss.
+    fn refresh(&self, key: &AttemptKey, spec: &Spec) -> Option<Entry> {
+        let entry = self.blade.board.entry(key)?;
+        if let Some(handle) = self.handles.get(key) {
+            // A full queue loses nothing: the caller calls again until the agent runs.
+            let _ = handle.try_send(Request::Refresh {
+                key: key.clone(),
+                spec: Box::new(spec.clone()),
+            });
         }
-        let (entries, _) = self.blade.board.entries();
+        Some(entry)
+    }
+
+    /// No newer attempt of this agent is known, every older one has ended, and none is just being claimed.
+    fn check_turn(&self, key: &AttemptKey, entries: &[Entry]) -> Result<(), Refusal> {
+        if self.claiming.contains(key) {
+            return Err(Refusal::Busy("the attempt is claiming a warm agent"));
+        }
         for other in entries
             .iter()
             .map(|entry| &entry.record)
@@ -380,6 +440,16 @@ impl Actor {
                 )));
             }
         }
+        Ok(())
+    }
+
+    async fn ensure(&mut self, identity: Identity, spec: Spec) -> Result<Entry, Refusal> {
+        let key = identity.key.clone();
+        if let Some(entry) = self.refresh(&key, &spec) {
+            return Ok(entry);
+        }
+        let (entries, _) = self.blade.board.entries();
+        self.check_turn(&key, &entries)?;
         let mut record = Record::accepted(identity, &spec, self.blade.clock.now());
         if self.damaged.contains(&record.vm_id) {
             return self.refuse_damaged(record).await;
@@ -400,6 +470,94 @@ impl Actor {
             .board
             .entry(&key)
             .ok_or(Refusal::Busy("the attempt was forgotten meanwhile"))
+    }
+
+    /// Asks the warm attempt's task; `None`: its answer is waited for beside other commands.
+    #[allow(clippy::type_complexity)] // An answer and whom it is for.
+    async fn claim(
+        &mut self,
+        warm: AttemptKey,
+        identity: Identity,
+        spec: Box<Spec>,
+        reply: oneshot::Sender<Result<Entry, Refusal>>,
+    ) -> Option<(Result<Entry, Refusal>, oneshot::Sender<Result<Entry, Refusal>>)> {
+        let key = identity.key.clone();
+        if let Some(entry) = self.refresh(&key, &spec) {
+            return Some((Ok(entry), reply));
+        }
+        let (entries, _) = self.blade.board.entries();
+        if let Err(refusal) = self.check_turn(&key, &entries) {
+            return Some((Err(refusal), reply));
+        }
+        let record = Record::accepted(identity.clone(), &spec, self.blade.clock.now());
+        if self.damaged.contains(&record.vm_id) {
+            return Some((self.refuse_damaged(record).await, reply));
+        }
+        let not_warm = |text: String| Err(Refusal::NotClaimed(NotClaimed::NotWarm(text)));
+        let Some(handle) = self.handles.get(&warm) else {
+            return Some((not_warm(format!("attempt {warm} does not run here")), reply));
+        };
+        let (done, answer) = oneshot::channel();
+        match handle.try_send(Request::Claim { identity, spec, done }) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                return Some((
+                    Err(Refusal::Busy("the warm agent has too many requests waiting")),
+                    reply,
+                ));
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                return Some((not_warm(format!("attempt {warm} ends just now")), reply));
+            }
+        }
+        self.claiming.insert(key.clone());
+        self.claims.push(Box::pin(async move {
+            let answer = answer.await.ok();
+            Claimed {
+                warm,
+                key,
+                answer,
+                reply,
+            }
+        }));
+        None
+    }
+
+    /// The task serves its new attempt from now on, wherever others look for it.
+    fn after_claim(&mut self, claimed: Claimed) {
+        let Claimed {
+            warm,
+            key,
+            answer,
+            reply,
+        } = claimed;
+        self.claiming.remove(&key);
+        let entry = self.blade.board.entry(&key);
+        if let Some(entry) = &entry {
+            if let Some(signal) = self.signals.remove(&warm) {
+                self.signals.insert(key.clone(), signal);
+            }
+            match self.handles.remove(&warm) {
+                Some(handle) => {
+                    self.keys
+                        .values_mut()
+                        .filter(|one| **one == warm)
+                        .for_each(|one| *one = key.clone());
+                    self.handles.insert(key, handle);
+                }
+                // It broke between the claim and its answer.
+                None if !entry.record.is_ended() => self.spawn(entry.record.clone(), None, true),
+                None => {}
+            }
+        }
+        let answer = match (entry, answer) {
+            (Some(entry), _) => Ok(entry),
+            (None, Some(Err(refusal))) => Err(Refusal::NotClaimed(refusal)),
+            (None, Some(Ok(())) | None) => Err(Refusal::NotClaimed(NotClaimed::NotWarm(format!(
+                "attempt {warm} ended meanwhile"
+            )))),
+        };
+        let _ = reply.send(answer);
     }
 
     async fn refuse_damaged(&mut self, mut record: Record) -> Result<Entry, Refusal> {
@@ -447,6 +605,7 @@ impl Actor {
     ) -> Result<Stopping, Refusal> {
         let key = identity.key.clone();
         match self.blade.board.entry(&key) {
+            None if self.claiming.contains(&key) => Err(Refusal::Busy("the attempt is claiming a warm agent")),
             None => {
                 self.record(Record::ended_before_it_began(identity, self.blade.clock.now()), true)
                     .await?;
@@ -458,7 +617,12 @@ impl Actor {
                     return Ok(Stopping(None));
                 };
                 let (done, ordered) = oneshot::channel();
-                match handle.try_send(Request::Stop { grace_s, reason, done }) {
+                match handle.try_send(Request::Stop {
+                    key: key.clone(),
+                    grace_s,
+                    reason,
+                    done,
+                }) {
                     Ok(()) => Ok(Stopping(Some(ordered))),
                     Err(mpsc::error::TrySendError::Full(_)) => {
                         Err(Refusal::Busy("the agent has too many requests waiting"))
@@ -491,8 +655,13 @@ impl Actor {
         if let Some(end) = &mut record.end {
             end.tail.clear();
         }
-        let folder = self.blade.log_folder(&record.vm_id);
+        // A claimed attempt's log is its claimant's.
+        let folder = record
+            .claimed_by
+            .is_none()
+            .then(|| self.blade.log_folder(&record.vm_id));
         self.record(record, true).await?;
+        let Some(folder) = folder else { return Ok(()) };
         run_blocking(move || {
             if let Err(error) = remove_dir(&folder) {
                 tracing::warn!(folder = %folder.display(), %error, "the log of a forgotten agent is left: the next start removes it");
@@ -526,7 +695,7 @@ impl Actor {
             .map(|entry| &entry.record)
             .filter(|record| is_tombstone_over(record, now))
         {
-            let (blade, vm) = (self.blade.clone(), record.vm_id.clone());
+            let (blade, vm) = (self.blade.clone(), record.name());
             let removed = run_blocking(move || {
                 if let Err(error) = blade.ledger.remove(&vm) {
                     tracing::warn!(vm.id = %vm, %error, "a tombstone cannot be removed");

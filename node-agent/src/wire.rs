@@ -37,6 +37,7 @@ fn phase(phase: Phase) -> wire::Phase {
         Phase::Accepted => wire::Phase::Accepted,
         Phase::Preparing => wire::Phase::Preparing,
         Phase::Starting => wire::Phase::Starting,
+        Phase::Warm => wire::Phase::Warm,
         Phase::Running => wire::Phase::Running,
         Phase::Stopping => wire::Phase::Stopping,
         Phase::Ended => wire::Phase::Ended,

@@ -146,6 +146,8 @@ pub enum Stage {
     Accepted,
     Preparing,
     Starting,
+    /// Booted, and waits until another agent claims the microVM.
+    Warm,
     Running,
     Stopping,
     Ended,
@@ -394,6 +396,7 @@ impl Status {
         }
         match (report.stage, &report.end) {
             (Stage::Running, _) => self.set(Kind::Ready, true, "Started", ""),
+            (Stage::Warm, _) => self.set(Kind::Ready, false, "Warm", "waits to be claimed"),
             (Stage::Ended, Some(end)) => self.finish(report, end),
             // An end without its description is no end that could be told; the next report brings it.
             (Stage::Ended, None) | (Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Stopping, _) => {}

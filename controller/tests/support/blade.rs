@@ -112,6 +112,7 @@ struct Ledger {
     /// Boots of each identity: more than one is the bug everything here is about.
     boots: BTreeMap<(String, u32), u32>,
     ensured: u32,
+    claims: u32,
     forgotten: u32,
     deposed: u32,
     epoch: u64,
@@ -309,6 +310,21 @@ impl Fake {
         self.ledger.lock().unwrap().ensured
     }
 
+    /// Warm attempts that were handed over.
+    pub fn claims(&self) -> u32 {
+        self.ledger.lock().unwrap().claims
+    }
+
+    /// The guest of a warm attempt said Hello.
+    pub fn warm(&self, uid: &str) {
+        self.change(&self.key(uid), |state| {
+            state.set_phase(Phase::Warm);
+            state.image_digest = "sha256:feed".into();
+            state.booted_at = Some(now());
+            state.vm_id = format!("fa-{uid}");
+        });
+    }
+
     pub fn forgotten(&self) -> u32 {
         self.ledger.lock().unwrap().forgotten
     }
@@ -452,6 +468,42 @@ impl Node for Fake {
             return Err(Status::resource_exhausted("h2: ENHANCE_YOUR_CALM"));
         }
         Ok(Response::new(state))
+    }
+
+    async fn claim_agent(&self, request: Request<ClaimAgentRequest>) -> Result<Response<AgentState>, Status> {
+        let request = request.into_inner();
+        self.check(request.epoch)?;
+        let (_, warm) = key_of(request.warm)?;
+        let (identity, key) = key_of(request.identity)?;
+        if let Some(state) = self.ledger.lock().unwrap().agents.get(&key) {
+            return Ok(Response::new(state.clone()));
+        }
+        let spec = request
+            .spec
+            .ok_or_else(|| Status::invalid_argument("spec is missing"))?;
+        let is_warm = |state: &AgentState| state.phase() == Phase::Warm;
+        let was = self.ledger.lock().unwrap().agents.get(&warm).cloned().filter(is_warm);
+        let Some(was) = was else {
+            return Err(Status::not_found("no such warm agent in this fake"));
+        };
+        let mut state = AgentState {
+            identity: Some(identity.clone()),
+            ..was
+        };
+        state.set_phase(Phase::Starting);
+        {
+            let mut ledger = self.ledger.lock().unwrap();
+            ledger.claims += 1;
+            ledger.specs.insert(key.clone(), spec);
+            ledger.agents.insert(key.clone(), state);
+        }
+        let message = format!("claimed by {}/{}", identity.namespace, identity.name);
+        self.change(&warm, |state| end(state, EndReason::Evicted, None, &message));
+        let state = self.change(&key, |_| {});
+        if self.breaks_after_writing.load(Ordering::SeqCst) {
+            return Err(Status::resource_exhausted("h2: ENHANCE_YOUR_CALM"));
+        }
+        Ok(Response::new(state.unwrap()))
     }
 
     async fn stop_agent(&self, request: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {

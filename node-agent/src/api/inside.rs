@@ -46,6 +46,7 @@ fn phase_word(phase: Phase) -> &'static str {
         Phase::Accepted => "Accepted",
         Phase::Preparing => "Preparing",
         Phase::Starting => "Starting",
+        Phase::Warm => "Warm",
         Phase::Running => "Running",
         Phase::Stopping => "Stopping",
         Phase::Ended => "Ended",

@@ -37,6 +37,20 @@ pub struct Launch {
     pub nic: Option<Nic>,
 }
 
+impl Launch {
+    /// Of a guest that is to start nothing before it is claimed: only its NIC is settled.
+    pub(crate) fn idle(image: &ImageSettings) -> Self {
+        Self {
+            program: String::new(),
+            args: Vec::new(),
+            image_env: Vec::new(),
+            working_dir: String::new(),
+            user: image.user.clone(),
+            nic: None,
+        }
+    }
+}
+
 /// Why image and spec together do not name a program.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LaunchError {

@@ -295,19 +295,23 @@ impl Node {
 
     /// Waits until the record fulfils a claim.
     pub(crate) async fn until(&self, claim: impl Fn(&Record) -> bool) -> Arc<Record> {
+        self.until_of(&key(), claim).await
+    }
+
+    pub(crate) async fn until_of(&self, key: &AttemptKey, claim: impl Fn(&Record) -> bool) -> Arc<Record> {
         let watch = self.blade.board.watch(0);
         let mut live = watch.live;
         if let Some(entry) = watch
             .replay
             .iter()
-            .find(|entry| entry.record.identity.key == key() && claim(&entry.record))
+            .find(|entry| entry.record.identity.key == *key && claim(&entry.record))
         {
             return entry.record.clone();
         }
         let wait = async {
             loop {
                 let entry = live.recv().await.unwrap();
-                if entry.record.identity.key == key() && claim(&entry.record) {
+                if entry.record.identity.key == *key && claim(&entry.record) {
                     return entry.record;
                 }
             }
@@ -377,6 +381,10 @@ impl Guest {
         guest
     }
 
+    pub(crate) async fn hang_up(&mut self) {
+        let _ = self.stream.shutdown().await;
+    }
+
     pub(crate) async fn send(&mut self, kind: Kind) {
         let mut frame = Vec::new();
         frame::encode(&GuestMessage { kind: Some(kind) }, &mut frame);
@@ -408,6 +416,11 @@ impl Guest {
     /// Receives Welcome, Config, files and Start; answers Ready.
     pub(crate) async fn start(&mut self) -> (guest::Config, Vec<Vec<u8>>) {
         self.welcome().await;
+        self.start_after_welcome().await
+    }
+
+    /// The same where Welcome was received before.
+    pub(crate) async fn start_after_welcome(&mut self) -> (guest::Config, Vec<Vec<u8>>) {
         let config = match self.receive().await {
             Some(host_message::Kind::Config(config)) => config,
             other => panic!("{other:?} instead of Config"),

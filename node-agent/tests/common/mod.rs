@@ -317,6 +317,16 @@ impl Node {
             .unwrap_or_else(|_| panic!("no {program} came\n{}", self.report()));
     }
 
+    /// Sends the VMM a signal by name.
+    #[allow(dead_code)] // As inside().
+    pub(crate) async fn signal_vmm(&self, vm_id: &str, signal: &str) {
+        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
+        let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();
+        let pid = status.vmm_pid.expect("the VMM runs").to_string();
+        let sent = Command::new("kill").args([&format!("-{signal}"), &pid]).status();
+        assert!(sent.unwrap().success());
+    }
+
     /// Kills one of the VM's processes.
     pub(crate) async fn kill_part(&self, vm_id: &str, victim: Victim) {
         let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");

@@ -7,8 +7,8 @@ use std::{
 };
 
 use far_proto::node::{
-    AgentState, CapacityRequest, EnsureAgentRequest, Event, ForgetAgentRequest, ForgetAgentResponse, Image,
-    ListAgentsRequest, ListAgentsResponse, ListImagesRequest, ListImagesResponse, LoadImageRequest, LogChunk,
+    AgentState, CapacityRequest, ClaimAgentRequest, EnsureAgentRequest, Event, ForgetAgentRequest, ForgetAgentResponse,
+    Image, ListAgentsRequest, ListAgentsResponse, ListImagesRequest, ListImagesResponse, LoadImageRequest, LogChunk,
     LogsRequest, NodeCapacity, RemoveImageRequest, RemoveImageResponse, StopAgentRequest, Stream as OutputStream,
     WatchEventsRequest,
     node_server::{Node, NodeServer},
@@ -159,6 +159,9 @@ impl Node for Blade {
         Ok(Response::new(RemoveImageResponse {}))
     }
 
+    async fn claim_agent(&self, _: Request<ClaimAgentRequest>) -> Result<Response<AgentState>, Status> {
+        Err(Status::unimplemented("not told by this test"))
+    }
     async fn ensure_agent(&self, _: Request<EnsureAgentRequest>) -> Result<Response<AgentState>, Status> {
         not_here()
     }

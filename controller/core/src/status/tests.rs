@@ -57,6 +57,18 @@ fn a_good_life_goes_through_the_phases_in_order() {
 }
 
 #[test]
+fn a_warm_agent_is_booted_but_not_ready() {
+    let warm = Report {
+        booted: true,
+        ..report(Stage::Warm)
+    };
+    let status = placed().after(&Fact::Seen(&warm));
+    assert_eq!(status.phase(), Phase::Starting);
+    let ready = status.condition(ConditionKind::Ready).unwrap();
+    assert_eq!((ready.holds, ready.reason.as_str()), (false, "Warm"));
+}
+
+#[test]
 fn every_other_end_is_failed_with_its_reason_and_only_the_reported_code() {
     for (said, code, reason) in [
         (EndReason::Error, Some(3), "Error"),
