@@ -8,8 +8,7 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -45,11 +44,11 @@ impl Stage {
         let machine = Machine::bare();
         let bin = machine.dir.path().join("bin");
         fs::create_dir(&bin).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_far"), bin.join("far")).unwrap();
+        install(Path::new(env!("CARGO_BIN_EXE_far")), &bin.join("far"));
+        let stand_in = machine.dir.path().join("stand-in");
+        fs::write(&stand_in, STAND_IN).unwrap();
         for name in ["far-devapi", "far-controller", "far-node"] {
-            let path = bin.join(name);
-            fs::write(&path, STAND_IN).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            install(&stand_in, &bin.join(name));
         }
         let kit = machine.dir.path().join("kit");
         fs::create_dir(&kit).unwrap();
@@ -104,6 +103,13 @@ impl Stage {
     fn change(&self, name: &str, change: &str) {
         fs::write(self.bin.join(format!("{name}.{change}")), "").unwrap();
     }
+}
+
+/// By a program of its own: a file that this process has open for writing cannot be executed as long as a child that
+/// another test is just starting holds a copy of the descriptor (execve(2), ETXTBSY).
+fn install(from: &Path, to: &Path) {
+    let done = Command::new("install").args(["-m", "755"]).args([from, to]).status();
+    assert!(done.unwrap().success());
 }
 
 impl Drop for Stage {
