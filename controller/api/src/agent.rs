@@ -215,7 +215,8 @@ pub struct FarAgentSpec {
 
     /// Further empty folders. Immutable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 16))]
+    // The rule on sizeLimit costs more than kube-apiserver allows from 8 on: a quantity may be a text of any length.
+    #[schemars(length(max = 7))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub volumes: Option<Vec<Volume>>,
 }

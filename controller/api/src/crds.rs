@@ -1,7 +1,7 @@
 //! The CustomResourceDefinitions as objects and as YAML.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt;
 
@@ -60,6 +60,9 @@ fn formats_are_known(schema: &mut JSONSchemaProps) {
     fields.for_each(formats_are_known);
     if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
         formats_are_known(items);
+    }
+    if let Some(JSONSchemaPropsOrBool::Schema(values)) = &mut schema.additional_properties {
+        formats_are_known(values);
     }
 }
 

@@ -182,8 +182,10 @@ impl Client {
         assert_eq!(code, 201, "{body}");
         // A real server serves a new kind a moment later, and describes it after that.
         self.wait(AGENTS, |code, _| code == 200).await;
-        self.wait("/openapi/v3", |_, index| index["paths"]["apis/tiffany.dev/v1"].is_object())
-            .await;
+        self.wait("/openapi/v3", |_, index| {
+            index["paths"]["apis/tiffany.dev/v1"].is_object()
+        })
+        .await;
     }
 
     /// Asks until the answer satisfies the predicate.
