@@ -1,23 +1,35 @@
 //! The payload's own cgroup (v2): memory as one unit for the OOM killer, a bound on processes, and its use for heartbeats.
 //!
-//! PID 1 stays outside: a payload that takes everything is killed as a whole, and PID 1 lives to report it.
+//! PID 1 stays outside: a payload that takes everything is killed as a whole, and PID 1 lives to report it. The kernel's
+//! OOM killer itself never takes the machine's init (mm/oom_kill.c, `oom_unkillable_task`).
 
-use crate::{boot::BootReport, place::Place};
+use crate::{boot::BootReport, place::Place, sys};
 use far_proto::guest::Pressure;
-use std::{fs, io, path::PathBuf};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+    unistd::mkdir,
+};
+use std::{
+    fs,
+    io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 /// Where `mounts` put the hierarchy, and the payload's group in it.
 const TOP: &str = "/sys/fs/cgroup";
 const GROUP: &str = "/sys/fs/cgroup/payload";
 /// Most processes and threads of the payload: a fork bomb meets EAGAIN, PID 1 does not.
 const PIDS_MAX: u32 = 16_384;
-/// Memory kept back for PID 1 (about 3 MiB with full log windows) and the kernel, KiB.
-const RESERVE_KIB: u64 = 16 * 1024;
+/// Memory kept back for PID 1 (about 3 MiB with full log windows) and the kernel, bytes.
+const RESERVE_BYTES: u64 = 16 << 20;
 
 /// The payload's group.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
-    folder: PathBuf,
+    /// Opened once: where children are born, and the way to its files.
+    folder: OwnedFd,
 }
 
 impl Cgroup {
@@ -26,37 +38,51 @@ impl Cgroup {
         if !place.is_guest() {
             return None;
         }
-        let write = |boot: &mut BootReport, path: String, value: String| {
-            if let Err(error) = fs::write(&path, value) {
-                boot.warn(format!("{path}: {error}"));
+        let control = [TOP, "/cgroup.subtree_control"].concat();
+        if write(&control, "+memory +pids +cpu").is_err() {
+            // One by one: a kernel without one of them still has the others.
+            for controller in ["+memory", "+pids", "+cpu"] {
+                if let Err(error) = write(&control, controller) {
+                    boot.warn(format!("{control}: {controller}: {error}"));
+                }
+            }
+        }
+        let cgroup = match Self::make() {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                boot.warn(format!("the payload's cgroup {GROUP}: {error}"));
+                return None;
             }
         };
-        write(boot, "/proc/self/oom_score_adj".into(), "-1000".into());
-        // One by one: a kernel without one of them still has the others.
-        for controller in ["memory", "pids", "cpu"] {
-            write(boot, format!("{TOP}/cgroup.subtree_control"), format!("+{controller}"));
-        }
-        if let Err(error) = fs::create_dir(GROUP)
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            boot.warn(format!("the payload's cgroup {GROUP}: {error}"));
-            return None;
-        }
-        write(boot, format!("{GROUP}/memory.oom.group"), "1".into());
-        write(boot, format!("{GROUP}/pids.max"), PIDS_MAX.to_string());
-        let (total, _) = memory_kib();
+        let mut set = |file: &str, value: &str| {
+            if let Err(error) = cgroup.write(file, value) {
+                boot.warn(format!("{GROUP}/{file}: {error}"));
+            }
+        };
+        set("memory.oom.group", "1");
+        set("pids.max", &PIDS_MAX.to_string());
+        let total = sys::memory_bytes();
         // A guest too small for the reserve is left to the kernel's own OOM killer.
-        if let Some(limit) = total.checked_sub(RESERVE_KIB).filter(|&limit| limit >= RESERVE_KIB) {
-            write(boot, format!("{GROUP}/memory.max"), (limit * 1024).to_string());
+        if let Some(limit) = total.checked_sub(RESERVE_BYTES).filter(|&limit| limit >= RESERVE_BYTES) {
+            set("memory.max", &limit.to_string());
         }
-        Some(Self { folder: GROUP.into() })
+        Some(cgroup)
     }
 
-    /// The file that takes the first process into the group: the child writes `0` to it.
-    pub(crate) fn door(&self) -> io::Result<fs::File> {
-        fs::OpenOptions::new()
-            .write(true)
-            .open(self.folder.join("cgroup.procs"))
+    fn make() -> nix::Result<Self> {
+        match mkdir(GROUP, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error),
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Self {
+            folder: open(GROUP, flags, Mode::empty())?,
+        })
+    }
+
+    /// Where its processes are born, see [`sys::Birth`].
+    pub(crate) fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
     }
 
     /// Whether the kernel killed a process of the group for want of memory.
@@ -72,7 +98,7 @@ impl Cgroup {
 
     /// Stops or releases every process of the group.
     pub(crate) fn set_frozen(&self, frozen: bool) -> io::Result<()> {
-        fs::write(self.folder.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
     /// Whether all of them stand still.
@@ -82,7 +108,7 @@ impl Cgroup {
 
     /// The file that becomes readable by POLLPRI when [`Self::is_frozen`] changes.
     pub(crate) fn events(&self) -> io::Result<fs::File> {
-        fs::File::open(self.folder.join("cgroup.events"))
+        self.open("cgroup.events", OFlag::O_RDONLY)
     }
 
     /// Memory in use, KiB; 0 when unknown.
@@ -95,9 +121,28 @@ impl Cgroup {
         pressure_of(&self.read(&[resource, ".pressure"].concat()))
     }
 
-    fn read(&self, file: &str) -> String {
-        fs::read_to_string(self.folder.join(file)).unwrap_or_default()
+    fn open(&self, file: &str, flags: OFlag) -> io::Result<fs::File> {
+        Ok(openat(&self.folder, file, flags | OFlag::O_CLOEXEC, Mode::empty())?.into())
     }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        self.open(file, OFlag::O_WRONLY)?.write_all(value.as_bytes())
+    }
+
+    fn read(&self, file: &str) -> String {
+        let mut text = String::new();
+        if let Ok(mut file) = self.open(file, OFlag::O_RDONLY) {
+            let _ = file.read_to_string(&mut text);
+        }
+        text
+    }
+}
+
+fn write(path: &str, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new()
+        .write(true)
+        .open(path)?
+        .write_all(value.as_bytes())
 }
 
 /// Total and available memory of the machine, KiB; 0 when unknown.

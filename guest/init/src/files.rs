@@ -18,9 +18,10 @@ use nix::{
 };
 use sha2::{Digest, Sha256};
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{self, Read, Write},
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -95,7 +96,7 @@ pub(crate) fn check(entries: Vec<FileEntry>) -> Result<Vec<FileSpec>, FilesError
     if total > MAX_TOTAL || entries.len() > MAX_FILES {
         return Err(FilesError::TooMuch);
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = std::collections::BTreeSet::new();
     entries
         .into_iter()
         .enumerate()
@@ -302,7 +303,7 @@ pub(crate) fn wipe_placed(root: &Root, specs: &[FileSpec]) {
         if let (Some(parent), Some(name)) = (path.parent(), path.file_name())
             && let Ok(folder) = root.make_folders(parent, Symlinks::Refused)
         {
-            let _ = unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir);
+            let _ = unlinkat(folder, name, UnlinkatFlags::NoRemoveDir);
         }
     }
 }
@@ -316,40 +317,69 @@ pub(crate) enum WriteError {
     Step { step: &'static str, source: std::io::Error },
 }
 
-/// Writes one file inside `root`: a new inode every time, so that neither a hard link nor a symlink of the image is
-/// written through, and never readable by more than its mode says.
+/// Writes a file for all to read. Where nothing is there yet, which an image of few files is known for, it is one call.
+pub(crate) fn write_plain(root: &Root, path: &Path, text: &str) -> Result<(), WriteError> {
+    let mode = Mode::from_bits_truncate(0o644);
+    match root.open(path, NEW_FILE, mode, Symlinks::Refused) {
+        Ok(fd) => fill(fd, text.as_bytes()).map(drop),
+        Err(_) => write_file(root, path, text.as_bytes(), 0o644, &User::root()),
+    }
+}
+
+/// Writes one file inside `root`.
 pub(crate) fn write_file(root: &Root, path: &Path, content: &[u8], mode: u32, owner: &User) -> Result<(), WriteError> {
-    let failed = |step| {
-        move |source: Errno| WriteError::Step {
-            step,
-            source: source.into(),
-        }
-    };
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(failed("taking its name")(Errno::EINVAL));
     };
-    let folder = root.make_folders(parent, Symlinks::Refused)?;
+    create(
+        &root.make_folders(parent, Symlinks::Refused)?,
+        name,
+        content,
+        mode,
+        owner,
+    )
+}
+
+fn failed(step: &'static str) -> impl FnOnce(Errno) -> WriteError {
+    move |source| WriteError::Step {
+        step,
+        source: source.into(),
+    }
+}
+
+const NEW_FILE: OFlag = OFlag::O_WRONLY
+    .union(OFlag::O_CREAT)
+    .union(OFlag::O_EXCL)
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
+
+fn fill(fd: OwnedFd, content: &[u8]) -> Result<File, WriteError> {
+    let mut file = File::from(fd);
+    file.write_all(content).map_err(|source| WriteError::Step {
+        step: "writing it",
+        source,
+    })?;
+    Ok(file)
+}
+
+/// A new inode every time, so that neither a hard link nor a symlink of the image is written through, and never readable
+/// by more than its mode says.
+fn create(folder: &OwnedFd, name: &OsStr, content: &[u8], mode: u32, owner: &User) -> Result<(), WriteError> {
     // Root's own plain files need no second look: what the process's mask takes from the mode, it may not have.
     let is_plain = owner.uid == 0 && owner.gid == 0 && mode & !0o755 == 0;
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let first_mode = if is_plain {
         Mode::from_bits_truncate(mode)
     } else {
         Mode::S_IRUSR | Mode::S_IWUSR
     };
-    let fd = match openat(&folder, name, flags, first_mode) {
+    let fd = match openat(folder, name, NEW_FILE, first_mode) {
         Err(Errno::EEXIST) => {
-            unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)
-                .map_err(failed("replacing what the image has there"))?;
-            openat(&folder, name, flags, first_mode)
+            unlinkat(folder, name, UnlinkatFlags::NoRemoveDir).map_err(failed("replacing what the image has there"))?;
+            openat(folder, name, NEW_FILE, first_mode)
         }
         other => other,
     };
-    let mut file = File::from(fd.map_err(failed("creating it"))?);
-    file.write_all(content).map_err(|source| WriteError::Step {
-        step: "writing it",
-        source,
-    })?;
+    let file = fill(fd.map_err(failed("creating it"))?, content)?;
     if is_plain {
         return Ok(());
     }

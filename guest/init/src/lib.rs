@@ -41,7 +41,7 @@ use place::Place;
 /// The whole life of the guest. Gives the exit code; in a guest the VM ends before.
 #[must_use]
 pub fn start() -> u8 {
-    sys::stand_on_own_feet();
+    let has_console = sys::stand_on_own_feet();
     let place = match Place::claim(std::env::args_os().skip(1)) {
         Ok(place) => place,
         Err(refusal) => {
@@ -50,15 +50,17 @@ pub fn start() -> u8 {
         }
     };
     power::install_last_word(place.is_guest());
-    let end = run(&place);
+    let end = run(&place, has_console);
     power::leave(&place, end)
 }
 
-fn run(place: &Place) -> Result<(), power::Fatal> {
+fn run(place: &Place, has_console: bool) -> Result<(), power::Fatal> {
     let mut boot = BootReport::new();
     boot.done("init");
     mounts::mount_base(place, &mut boot)?;
-    power::open_console(place);
+    if !has_console {
+        power::open_console(place);
+    }
     boot.done("mounts");
     modules::load_listed(place, &mut boot);
     boot.done("modules");

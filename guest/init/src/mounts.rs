@@ -1,12 +1,16 @@
 //! The file systems of the machine, as tables: those PID 1 itself needs, and those the payload finds in its root.
 
-use crate::{
-    boot::BootReport,
-    place::Place,
-    rootfs::{Root, Symlinks},
+use crate::{boot::BootReport, place::Place};
+use nix::{
+    errno::Errno,
+    mount::{MsFlags, mount},
+    sys::stat::Mode,
+    unistd::mkdir,
 };
-use nix::mount::{MsFlags, mount};
-use std::{fs, os::fd::AsRawFd, path::Path, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 const SAFER: MsFlags = SAFE.union(MsFlags::MS_NOEXEC);
@@ -34,7 +38,7 @@ enum Need {
     Wish,
 }
 
-/// What PID 1 works with. /run is where the image and its overlay are put together.
+/// What PID 1 works with.
 const BASE: &[Mount] = &[
     Mount {
         kind: "devtmpfs",
@@ -58,13 +62,6 @@ const BASE: &[Mount] = &[
         need: Need::WishInGuest,
     },
     Mount {
-        kind: "tmpfs",
-        target: "/run",
-        flags: SAFE,
-        options: "mode=0755,size=16m",
-        need: Need::Must,
-    },
-    Mount {
         kind: "cgroup2",
         target: "/sys/fs/cgroup",
         flags: SAFER,
@@ -74,6 +71,7 @@ const BASE: &[Mount] = &[
 ];
 
 /// What the payload finds. The sizes are shares of the guest's memory; tmpfs pages count as the payload's own.
+/// [`PAYLOAD_FOLDERS`] has every target.
 const PAYLOAD: &[Mount] = &[
     Mount {
         kind: "proc",
@@ -126,6 +124,12 @@ const PAYLOAD: &[Mount] = &[
     },
 ];
 
+/// Folders laid over the image, so that each target of [`PAYLOAD`] is a folder of ours: whatever a hostile image has there,
+/// a symlink out of its root for one, is hidden by the overlay.
+const PAYLOAD_FOLDERS: [&str; 5] = ["proc", "sys", "dev", "run", "tmp"];
+/// Folders in every devtmpfs, PID 1's and the payload's being one; a test's `/dev` is an ordinary folder.
+const DEVICE_FOLDERS: [&str; 2] = ["pts", "shm"];
+
 /// Which mount failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MountError {
@@ -142,15 +146,14 @@ pub(crate) enum MountError {
 /// Mounts what PID 1 works with.
 ///
 /// # Errors
-/// When /dev, /proc or /run cannot be mounted; everything else becomes a warning.
+/// When /dev or /proc cannot be mounted; everything else becomes a warning.
 pub(crate) fn mount_base(place: &Place, boot: &mut BootReport) -> Result<(), MountError> {
     for line in BASE {
         if !place.is_guest() && matches!(line.need, Need::MustInGuest | Need::WishInGuest) {
             continue;
         }
         let target = place.at(line.target);
-        let result =
-            make_folder(&target).and_then(|()| attach(line.kind, line.kind, &target, line.flags, line.options));
+        let result = attach(line.kind, line.kind, &target, line.flags, line.options);
         match (result, line.need) {
             (Ok(()), _) => {}
             (Err(error), Need::Must | Need::MustInGuest) => return Err(error),
@@ -158,7 +161,7 @@ pub(crate) fn mount_base(place: &Place, boot: &mut BootReport) -> Result<(), Mou
         }
     }
     if place.is_guest() {
-        link_devices(boot);
+        furnish_devices(boot);
     }
     Ok(())
 }
@@ -171,8 +174,13 @@ const DEVICE_LINKS: [(&str, &str); 4] = [
     ("/dev/stderr", "/proc/self/fd/2"),
 ];
 
-/// Makes [`DEVICE_LINKS`].
-fn link_devices(boot: &mut BootReport) {
+/// Makes [`DEVICE_LINKS`] and [`DEVICE_FOLDERS`].
+fn furnish_devices(boot: &mut BootReport) {
+    for name in DEVICE_FOLDERS {
+        if let Err(error) = make_folder(&Path::new("/dev").join(name)) {
+            boot.warn(crate::power::with_sources(&error));
+        }
+    }
     for (link, target) in DEVICE_LINKS {
         if let Err(error) = std::os::unix::fs::symlink(target, link) {
             boot.warn(format!("{link}: {error}"));
@@ -180,45 +188,55 @@ fn link_devices(boot: &mut BootReport) {
     }
 }
 
-/// Mounts what the payload finds. The image may be hostile: every target is resolved inside `root`, so that a symlink
-/// named `proc` cannot move a mount over PID 1's own tree.
-pub(crate) fn mount_for_payload(place: &Place, root: &Root, boot: &mut BootReport) {
+/// Makes the targets of [`mount_for_payload`] in `upper`, which becomes the overlay's own layer.
+pub(crate) fn make_payload_folders(place: &Place, upper: &Path) -> Result<(), MountError> {
+    for name in PAYLOAD_FOLDERS {
+        make_folder(&upper.join(name))?;
+    }
+    if !place.is_guest() {
+        make_folder(&upper.join("dev/pts"))?;
+    }
+    Ok(())
+}
+
+/// Mounts what the payload finds in the overlay at `root`.
+pub(crate) fn mount_for_payload(place: &Place, root: &Path, boot: &mut BootReport) {
     for line in PAYLOAD {
         if !place.is_guest() && line.need == Need::WishInGuest {
             continue;
         }
-        match root.make_folders(Path::new(line.target), Symlinks::InsideRoot) {
-            Ok(folder) => {
-                let target = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
-                if let Err(error) = attach(line.kind, line.kind, &target, line.flags, line.options) {
-                    boot.warn(format!(
-                        "payload's {}: {}",
-                        line.target,
-                        crate::power::with_sources(&error)
-                    ));
-                }
-            }
-            Err(error) => boot.warn(format!(
-                "payload's {}: {}",
-                line.target,
-                crate::power::with_sources(&error)
-            )),
+        let target = root.join(line.target.trim_start_matches('/'));
+        if let Err(error) = attach(line.kind, line.kind, &target, line.flags, line.options) {
+            let error = crate::power::with_sources(&error);
+            boot.warn(format!("payload's {}: {error}", line.target));
         }
     }
 }
 
-/// Creates `target` with its parents; an existing folder is fine.
+/// Creates the folder `target`; an existing one is fine.
 pub(crate) fn make_folder(target: &Path) -> Result<(), MountError> {
-    fs::create_dir_all(target).map_err(|source| MountError::MountPoint {
-        target: target.into(),
-        source,
-    })
+    match mkdir(target, Mode::from_bits_truncate(0o755)) {
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(source) => Err(MountError::MountPoint {
+            target: target.into(),
+            source: source.into(),
+        }),
+    }
 }
 
-/// mount(2) with an error that names what and where.
+/// mount(2) with an error that names what and where. The mount point is made where it is missing: the initramfs has all.
 pub(crate) fn attach(source: &str, kind: &str, target: &Path, flags: MsFlags, options: &str) -> Result<(), MountError> {
     let data = (!options.is_empty()).then_some(options);
-    mount(Some(source), target, Some(kind), flags, data).map_err(|error| MountError::Mount {
+    let attempt = || mount(Some(source), target, Some(kind), flags, data);
+    let mut result = attempt();
+    if result == Err(Errno::ENOENT) && fs::symlink_metadata(target).is_err() {
+        fs::create_dir_all(target).map_err(|source| MountError::MountPoint {
+            target: target.into(),
+            source,
+        })?;
+        result = attempt();
+    }
+    result.map_err(|error| MountError::Mount {
         kind: kind.into(),
         target: target.into(),
         source: error,

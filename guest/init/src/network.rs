@@ -8,14 +8,12 @@ use crate::{
     place::Place,
     plan::{Link, Plan},
     rootfs::Root,
-    users::User,
 };
 use nix::{
     errno::Errno,
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
 };
 use std::{
-    fs,
     net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
@@ -30,9 +28,16 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
-const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
+const RTM_GETLINK: u16 = 18;
+const IFLA_ADDRESS: u16 = 1;
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_DUMP: u16 = 0x300;
+/// struct nlmsghdr, bytes.
+const HEADER: usize = 16;
 const NLM_F_CREATE_REPLACE: u16 = 0x400 | 0x100;
 const NLMSG_ERROR: u16 = 2;
+/// The first link of every network namespace (net/core/dev.c).
+const LOOPBACK_INDEX: u32 = 1;
 const IFF_UP: u32 = 1;
 /// IPv6 only: use the address at once, without waiting for duplicates to answer.
 const IFA_F_NODAD: u8 = 2;
@@ -45,10 +50,8 @@ pub(crate) fn raise_loopback(place: &Place, boot: &mut BootReport) {
     if !place.is_guest() {
         return;
     }
-    let result = index_of(Path::new("/sys/class/net/lo"))
-        .ok_or(Errno::ENODEV)
-        .and_then(|index| Netlink::open()?.request(&set_link(index, 0)));
-    if let Err(error) = result {
+    let raised = Netlink::open().and_then(|netlink| netlink.all(&[set_link(LOOPBACK_INDEX, 0)]));
+    for (_, error) in raised.unwrap_or_else(|error| vec![(0, error)]) {
         boot.warn(format!("loopback: {error}"));
     }
 }
@@ -58,27 +61,30 @@ pub(crate) fn configure(place: &Place, link: &Link, boot: &mut BootReport) {
     if !place.is_guest() {
         return;
     }
-    let Some(index) = index_by_mac(&link.mac) else {
-        return boot.warn(format!("no NIC with MAC {}: ENODEV", mac_text(&link.mac)));
+    let opened = Netlink::open().and_then(|netlink| Ok((netlink.index_by_mac(&link.mac)?, netlink)));
+    let (index, netlink) = match opened {
+        Ok((Some(index), netlink)) => (index, netlink),
+        Ok((None, _)) => return boot.warn(format!("no NIC with MAC {}: ENODEV", mac_text(&link.mac))),
+        Err(error) => return boot.warn(format!("NIC: asking for the links: {error}")),
     };
-    let netlink = match Netlink::open() {
-        Ok(netlink) => netlink,
-        Err(error) => return boot.warn(format!("NIC: opening netlink: {error}")),
-    };
-    let mut step = |what: String, message: Message| {
-        if let Err(error) = netlink.request(&message) {
-            boot.warn(format!("NIC: {what}: {error}"));
-        }
-    };
-    step("raising the link".into(), set_link(index, link.mtu));
+    let mut steps = vec!["raising the link".to_owned()];
+    let mut requests = vec![set_link(index, link.mtu)];
     for &(address, prefix) in &link.addresses {
-        step(
-            format!("address {address}/{prefix}"),
-            add_address(index, address, prefix),
-        );
+        steps.push(format!("address {address}/{prefix}"));
+        requests.push(add_address(index, address, prefix));
     }
     for &gateway in &link.gateways {
-        step(format!("default route by {gateway}"), default_route(index, gateway));
+        steps.push(format!("default route by {gateway}"));
+        requests.push(default_route(index, gateway));
+    }
+    match netlink.all(&requests) {
+        Ok(refused) => {
+            for (at, error) in refused {
+                let step = steps.get(at).map_or("", String::as_str);
+                boot.warn(format!("NIC: {step}: {error}"));
+            }
+        }
+        Err(error) => boot.warn(format!("NIC: netlink: {error}")),
     }
 }
 
@@ -100,12 +106,6 @@ pub(crate) fn write_names(plan: &Plan, root: &Root, boot: &mut BootReport) {
         servers.push_str(&server.to_string());
         servers.push('\n');
     }
-    let owner = User {
-        uid: 0,
-        gid: 0,
-        groups: vec![],
-        home: String::new(),
-    };
     for (path, text) in [
         ("/etc/hosts", hosts.as_str()),
         ("/etc/hostname", &[name, "\n"].concat()),
@@ -113,27 +113,11 @@ pub(crate) fn write_names(plan: &Plan, root: &Root, boot: &mut BootReport) {
     ] {
         // No name servers: the image's own file may name a local one.
         if !text.is_empty()
-            && let Err(error) = files::write_file(root, Path::new(path), text.as_bytes(), 0o644, &owner)
+            && let Err(error) = files::write_plain(root, Path::new(path), text)
         {
             boot.warn([path, ": ", &crate::power::with_sources(&error)].concat());
         }
     }
-}
-
-fn index_of(folder: &Path) -> Option<u32> {
-    fs::read_to_string(folder.join("ifindex")).ok()?.trim().parse().ok()
-}
-
-fn index_by_mac(mac: &[u8; 6]) -> Option<u32> {
-    let wanted = mac_text(mac);
-    fs::read_dir("/sys/class/net")
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .find_map(|folder| {
-            let address = fs::read_to_string(folder.join("address")).ok()?;
-            (address.trim() == wanted).then(|| index_of(&folder))?
-        })
 }
 
 fn mac_text(mac: &[u8; 6]) -> String {
@@ -156,13 +140,15 @@ impl Message {
         self.body.resize(self.body.len().next_multiple_of(4), 0);
     }
 
-    fn bytes(&self) -> Vec<u8> {
-        let length = u32::try_from(16 + self.body.len()).unwrap_or(u32::MAX);
+    /// `number` comes back with a refusal.
+    fn bytes(&self, number: u32) -> Vec<u8> {
+        let length = u32::try_from(HEADER + self.body.len()).unwrap_or(u32::MAX);
         let mut bytes = length.to_ne_bytes().to_vec();
         bytes.extend_from_slice(&self.kind.to_ne_bytes());
-        bytes.extend_from_slice(&(self.flags | NLM_F_REQUEST_ACK).to_ne_bytes());
-        // Sequence number and port: one request at a time on an own socket needs neither.
-        bytes.extend_from_slice(&[0; 8]);
+        bytes.extend_from_slice(&(self.flags | NLM_F_REQUEST).to_ne_bytes());
+        bytes.extend_from_slice(&number.to_ne_bytes());
+        // The port: the kernel's.
+        bytes.extend_from_slice(&[0; 4]);
         bytes.extend_from_slice(&self.body);
         bytes
     }
@@ -256,29 +242,92 @@ impl Netlink {
         .map(Self)
     }
 
-    /// Sends one request and reads its acknowledgement: the kernel answers within send(2), so this never waits.
-    fn request(&self, message: &Message) -> Result<(), Errno> {
-        send(self.0.as_raw_fd(), &message.bytes(), MsgFlags::empty())?;
-        let mut answer = [0; 4096];
-        let length = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
-        verdict(&answer[..length])
+    /// Sends all requests at once and gives those that were refused, by their place in `requests`. The kernel works on
+    /// them within send(2) and answers only what it refuses, so this never waits.
+    fn all(&self, requests: &[Message]) -> Result<Vec<(usize, Errno)>, Errno> {
+        let bytes: Vec<u8> = (0..)
+            .zip(requests)
+            .flat_map(|(number, request)| request.bytes(number))
+            .collect();
+        send(self.0.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        let mut refused = Vec::new();
+        while let Some(answer) = self.receive()? {
+            refused.extend(messages(&answer).filter_map(refusal));
+        }
+        Ok(refused)
+    }
+
+    /// The index of the link with this address.
+    fn index_by_mac(&self, mac: &[u8; 6]) -> Result<Option<u32>, Errno> {
+        let question = Message {
+            kind: RTM_GETLINK,
+            flags: NLM_F_DUMP,
+            // struct ifinfomsg: any link.
+            body: vec![0; 16],
+        };
+        send(self.0.as_raw_fd(), &question.bytes(0), MsgFlags::empty())?;
+        let mut found = None;
+        while let Some(answer) = self.receive()? {
+            found = found.or_else(|| messages(&answer).find_map(|message| link_with_mac(message, mac)));
+        }
+        Ok(found)
+    }
+
+    /// What waits to be read.
+    fn receive(&self) -> Result<Option<Vec<u8>>, Errno> {
+        // As long as the kernel's longest part of a dump (Documentation/userspace-api/netlink/intro.rst).
+        let mut answer = vec![0; 32 << 10];
+        match recv(self.0.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT) {
+            Ok(length) => {
+                answer.truncate(length);
+                Ok(Some(answer))
+            }
+            Err(Errno::EAGAIN) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
-/// The error number in an NLMSG_ERROR message; 0 is success.
-fn verdict(answer: &[u8]) -> Result<(), Errno> {
-    let kind = answer
-        .get(4..6)
-        .and_then(|bytes| bytes.try_into().ok())
-        .map(u16::from_ne_bytes);
-    let code = answer
-        .get(16..20)
-        .and_then(|bytes| bytes.try_into().ok())
-        .map(i32::from_ne_bytes);
-    match (kind, code) {
-        (Some(NLMSG_ERROR), Some(0)) => Ok(()),
-        (Some(NLMSG_ERROR), Some(code)) => Err(Errno::from_raw(-code)),
-        _ => Err(Errno::EPROTO),
+/// The messages in one answer, header included.
+fn messages(mut answer: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let length = usize::try_from(word(answer, 0)?)
+            .ok()
+            .filter(|&length| length >= HEADER)?;
+        let message = answer.get(..length)?;
+        answer = answer.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn kind_of(message: &[u8]) -> Option<u16> {
+    Some(u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?))
+}
+
+/// The number of the refused request and why, from NLMSG_ERROR.
+fn refusal(message: &[u8]) -> Option<(usize, Errno)> {
+    let code = word(message, HEADER).filter(|_| kind_of(message) == Some(NLMSG_ERROR))?;
+    let errno = Errno::from_raw(code.cast_signed().wrapping_neg());
+    (code != 0).then_some((usize::try_from(word(message, 8)?).ok()?, errno))
+}
+
+/// The index in an RTM_NEWLINK with this IFLA_ADDRESS.
+fn link_with_mac(message: &[u8], mac: &[u8; 6]) -> Option<u32> {
+    if kind_of(message) != Some(RTM_NEWLINK) {
+        return None;
+    }
+    let mut rest = message.get(HEADER + 16..)?;
+    loop {
+        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
+        if kind == IFLA_ADDRESS && rest.get(4..length) == Some(mac.as_slice()) {
+            return word(message, HEADER + 4);
+        }
+        rest = rest.get(length.max(4).next_multiple_of(4)..)?;
     }
 }
 
@@ -288,28 +337,54 @@ mod tests {
 
     #[test]
     fn requests_have_the_kernel_s_layout() {
-        let bytes = add_address(2, "10.0.0.2".parse().unwrap(), 30).bytes();
+        let bytes = add_address(2, "10.0.0.2".parse().unwrap(), 30).bytes(0);
         assert_eq!(bytes.len(), 16 + 8 + 8 + 8);
         assert_eq!(bytes[..4], 40_u32.to_ne_bytes());
         assert_eq!(bytes[4..6], RTM_NEWADDR.to_ne_bytes());
         assert_eq!(bytes[16..20], [2, 30, 0, 0]);
         assert_eq!(bytes[28..32], [10, 0, 0, 2]);
-        assert_eq!(set_link(1, 0).bytes().len(), 32);
-        assert_eq!(set_link(1, 1500).bytes().len(), 40);
+        assert_eq!(set_link(1, 0).bytes(0).len(), 32);
+        assert_eq!(set_link(1, 1500).bytes(0).len(), 40);
         assert_eq!(
-            default_route(1, "fd00::1".parse().unwrap()).bytes().len(),
+            default_route(1, "fd00::1".parse().unwrap()).bytes(0).len(),
             16 + 12 + 20 + 8
         );
     }
 
     #[test]
-    fn verdicts_are_read_and_short_answers_are_errors() {
+    fn refusals_are_read_by_their_number_and_short_answers_are_none() {
         let mut answer = [0; 36];
+        answer[..4].copy_from_slice(&36_u32.to_ne_bytes());
         answer[4..6].copy_from_slice(&NLMSG_ERROR.to_ne_bytes());
-        assert_eq!(verdict(&answer), Ok(()));
+        answer[8..12].copy_from_slice(&3_u32.to_ne_bytes());
+        let read = |answer: &[u8]| messages(answer).filter_map(refusal).collect::<Vec<_>>();
+        assert_eq!(read(&answer), []);
         answer[16..20].copy_from_slice(&(-19_i32).to_ne_bytes());
-        assert_eq!(verdict(&answer), Err(Errno::ENODEV));
-        assert_eq!(verdict(&answer[..10]), Err(Errno::EPROTO));
+        assert_eq!(read(&answer), [(3, Errno::ENODEV)]);
+        assert_eq!(read(&[answer, answer].concat()).len(), 2);
+        assert_eq!(read(&answer[..10]), []);
+        assert_eq!(read(&[0; 36]), [], "a length of 0 ends it");
+    }
+
+    /// The machine's own links, as another tool's table has them.
+    #[test]
+    fn a_link_is_found_by_its_address() {
+        let netlink = Netlink::open().unwrap();
+        assert_eq!(netlink.index_by_mac(&[2, 0xfa, 1, 2, 3, 4]), Ok(None));
+        assert_eq!(
+            netlink.index_by_mac(&[0; 6]),
+            Ok(Some(LOOPBACK_INDEX)),
+            "the loopback's own"
+        );
+        for folder in std::fs::read_dir("/sys/class/net").unwrap().flatten() {
+            let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap_or_default();
+            let mac: Vec<u8> = (read("address").trim().split(':'))
+                .filter_map(|part| u8::from_str_radix(part, 16).ok())
+                .collect();
+            let Ok(mac) = <[u8; 6]>::try_from(mac) else { continue };
+            let found = netlink.index_by_mac(&mac).unwrap().unwrap();
+            assert!(read("address").trim() == mac_text(&mac) && found >= LOOPBACK_INDEX);
+        }
     }
 
     #[test]

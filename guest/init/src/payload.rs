@@ -3,7 +3,6 @@
 use crate::{
     cgroup::Cgroup,
     logs::Pipes,
-    place::Place,
     plan::Plan,
     rootfs::{Root, RootError, Symlinks, kind_of},
     spawn::{Child, Step, World, errno_of, read_report},
@@ -76,21 +75,17 @@ pub(crate) fn identity(root: &Root, user: &str) -> Result<User, StartError> {
 ///
 /// # Errors
 /// [`StartError`]; then no process is left.
-pub(crate) fn start(
-    place: &Place,
-    plan: &Plan,
-    root: &Root,
-    cgroup: Option<&Cgroup>,
-    user: &User,
-) -> Result<Started, StartError> {
-    check_entrypoint(plan, root)?;
+pub(crate) fn start(plan: &Plan, root: &Root, cgroup: Option<&Cgroup>, user: &User) -> Result<Started, StartError> {
     let prepared = |step: &'static str| move |errno: Errno| StartError::Step { step, errno };
     let (stdout, stdout_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(prepared("making a pipe"))?;
     let (stderr, stderr_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(prepared("making a pipe"))?;
     for pipe in [&stdout, &stderr] {
         fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(prepared("setting up a pipe"))?;
     }
-    for pipe in [&stdout_child, &stderr_child] {
+    for pipe in [&stdout_child, &stderr_child]
+        .into_iter()
+        .filter(|_| user.uid != 0 || user.gid != 0)
+    {
         // So that /dev/stdout can be opened by the payload's user.
         unistd::fchown(pipe, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid)))
             .map_err(prepared("setting up a pipe"))?;
@@ -99,17 +94,12 @@ pub(crate) fn start(
         step: "opening /dev/null",
         errno: errno_of(&error),
     })?;
-    let door = cgroup.map(Cgroup::door).transpose().map_err(|error| StartError::Step {
-        step: "opening the cgroup",
-        errno: errno_of(&error),
-    })?;
     let child = Child {
-        reset_oom_score: place.is_guest(),
         world: World::New(root),
         user,
         limits: &plan.limits,
         allow_new_privileges: plan.allow_new_privileges,
-        door,
+        cgroup: cgroup.map(Cgroup::folder),
         stdin: null.into(),
         stdout: stdout_child,
         stderr: stderr_child,
@@ -129,11 +119,14 @@ pub(crate) fn start(
             pipes: Pipes::new(stdout, stderr),
         }),
         // The child has ended or is about to; the session reaps it like any other.
+        Some((Step::Exec, errno)) => Err(check_entrypoint(plan, root)
+            .err()
+            .unwrap_or_else(|| explain(plan, Step::Exec, errno))),
         Some((step, errno)) => Err(explain(plan, step, errno)),
     }
 }
 
-/// What exec would say less clearly.
+/// What exec says less clearly.
 fn check_entrypoint(plan: &Plan, root: &Root) -> Result<(), StartError> {
     let path = text(plan.entrypoint.as_bytes());
     let file = Path::new(OsStr::from_bytes(plan.entrypoint.as_bytes()));
@@ -164,7 +157,7 @@ fn check_entrypoint(plan: &Plan, root: &Root) -> Result<(), StartError> {
 fn explain(plan: &Plan, step: Step, errno: Errno) -> StartError {
     let path = text(plan.entrypoint.as_bytes());
     match (step, errno) {
-        // The file was there a moment ago.
+        // The file is there.
         (Step::Exec, Errno::ENOENT) => StartError::NoInterpreter { path },
         (Step::Exec, Errno::EACCES) => StartError::NotExecutable {
             path,

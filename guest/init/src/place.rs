@@ -3,7 +3,7 @@
 //! Invariant: nothing is mounted, named or rebooted before [`Place::claim`] said yes.
 
 use nix::{
-    sys::statfs::statfs,
+    sys::{stat::lstat, statfs::statfs},
     unistd::{Pid, getpgid, getpid, getsid},
 };
 use std::{
@@ -75,7 +75,7 @@ impl Place {
     /// A guest's PID 1 has no /proc, a RAM file system as root, and the kernel's thread starter as process 2. In a PID
     /// namespace of a host there is either a /proc or no process 2.
     fn claim_guest() -> Result<Self, Refusal> {
-        if fs::symlink_metadata("/proc/self").is_ok() {
+        if lstat("/proc/self").is_ok() {
             return Err(Refusal::ProcIsMounted);
         }
         let kind = statfs("/").map_or(0, |root| root.filesystem_type().0);

@@ -198,7 +198,7 @@ fn absolute(field: &'static str, path: String) -> Result<CString, PlanError> {
 /// A name given twice has its last value, at the place of the first.
 pub(crate) fn environment(vars: Vec<EnvVar>) -> Result<Vec<(String, String)>, PlanError> {
     let mut env: Vec<(String, String)> = Vec::new();
-    let mut places = std::collections::HashMap::new();
+    let mut places = std::collections::BTreeMap::new();
     for (index, EnvVar { name, value }) in vars.into_iter().enumerate() {
         if name.is_empty() || name.len() > 255 || name.contains(['=', '\0']) {
             return Err(PlanError::EnvName { index });

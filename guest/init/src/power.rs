@@ -25,7 +25,7 @@ pub(crate) enum Fatal {
     NoHost { minutes: u64 },
 }
 
-/// Opens /dev/console for the standard streams. The kernel does so too, unless the initramfs has no console node.
+/// Opens /dev/console for the standard streams, where the kernel did not: the initramfs has no console node.
 pub(crate) fn open_console(place: &Place) {
     if !place.is_guest() {
         return;

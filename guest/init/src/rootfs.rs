@@ -1,7 +1,7 @@
 //! The payload's root: the image (a read-only squashfs on /dev/vda) under a tmpfs overlay, and safe ways into it.
 //!
 //! ```text
-//! /dev/vda -> /run/far/image (ro)   tmpfs -> /run/far/scratch/{upper,work}   overlay of both -> /run/far/root
+//! /dev/vda -> /far/image (ro)   tmpfs -> /far/scratch/{upper,work}   overlay of both -> /far/root
 //! ```
 //! The image is untrusted: every path in it is resolved by openat2(2) inside its root, never by PID 1's own root.
 
@@ -80,15 +80,14 @@ pub(crate) struct Root {
 /// without a word.
 pub(crate) fn assemble(place: &Place, boot: &mut BootReport) -> Result<Root, RootError> {
     let image = attach_image(place)?;
-    let scratch = place.at("/run/far/scratch");
-    mounts::make_folder(&scratch)?;
+    let scratch = place.at("/far/scratch");
     let plain = MsFlags::MS_NODEV;
     mounts::attach("tmpfs", "tmpfs", &scratch, plain, "mode=0755,size=50%")?;
     let (upper, work) = (scratch.join("upper"), scratch.join("work"));
     mounts::make_folder(&upper)?;
     mounts::make_folder(&work)?;
-    let path = place.at("/run/far/root");
-    mounts::make_folder(&path)?;
+    mounts::make_payload_folders(place, &upper)?;
+    let path = place.at("/far/root");
     let options = format!(
         "lowerdir={},upperdir={},workdir={}",
         image.display(),
@@ -96,9 +95,8 @@ pub(crate) fn assemble(place: &Place, boot: &mut BootReport) -> Result<Root, Roo
         work.display()
     );
     mounts::attach("overlay", "overlay", &path, plain, &options)?;
-    let root = Root::open_at(path)?;
-    mounts::mount_for_payload(place, &root, boot);
-    Ok(root)
+    mounts::mount_for_payload(place, &path, boot);
+    Root::open_at(path)
 }
 
 /// The folder that holds the image's files.
@@ -106,24 +104,24 @@ fn attach_image(place: &Place) -> Result<PathBuf, RootError> {
     if !place.is_guest() {
         return Ok(place.at("/image"));
     }
-    wait_for_device()?;
-    let image = place.at("/run/far/image");
-    mounts::make_folder(&image)?;
-    mounts::attach(DEVICE, "squashfs", &image, MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "")?;
-    Ok(image)
-}
-
-/// Drivers may probe in the background, so the node can come a moment after the module was loaded.
-fn wait_for_device() -> Result<(), RootError> {
+    let image = place.at("/far/image");
     let deadline = Instant::now() + DEVICE_LIMIT;
-    while !Path::new(DEVICE).exists() {
-        if Instant::now() >= deadline {
-            return Err(RootError::NoDevice);
+    loop {
+        match mounts::attach(DEVICE, "squashfs", &image, MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "") {
+            Ok(()) => return Ok(image),
+            // Drivers may probe in the background, so the node can come a moment after the module was loaded.
+            Err(MountError::Mount {
+                source: Errno::ENOENT, ..
+            }) if Instant::now() < deadline => {
+                // A poll on nothing is the pause between two looks: there is nothing else to serve yet.
+                let _ = nix::poll::poll(&mut [], DEVICE_LOOK_MS);
+            }
+            Err(MountError::Mount {
+                source: Errno::ENOENT, ..
+            }) => return Err(RootError::NoDevice),
+            Err(error) => return Err(error.into()),
         }
-        // A poll on nothing is the pause between two looks: there is nothing else to serve yet.
-        let _ = nix::poll::poll(&mut [], DEVICE_LOOK_MS);
     }
-    Ok(())
 }
 
 impl Root {
@@ -173,27 +171,28 @@ impl Root {
                 });
             }
         };
-        if kind_of(&fd).map_err(|source| RootError::Open {
+        let stat = fstat(&fd).map_err(|source| RootError::Open {
             path: path.into(),
             source,
-        })? != SFlag::S_IFREG
-        {
+        })?;
+        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
             return Err(RootError::NotAFile { path: path.into() });
         }
-        let mut bytes = Vec::new();
-        fs::File::from(fd)
-            .take(limit + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|source| RootError::Read {
-                path: path.into(),
-                source,
-            })?;
-        if bytes.len() as u64 > limit {
+        let length = u64::try_from(stat.st_size).unwrap_or(0);
+        if length > limit {
             return Err(RootError::TooLong {
                 path: path.into(),
                 limit,
             });
         }
+        // One that changes under the hand is an error or is cut.
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        fs::File::from(fd)
+            .read_exact(&mut bytes)
+            .map_err(|source| RootError::Read {
+                path: path.into(),
+                source,
+            })?;
         Ok(Some(bytes))
     }
 

@@ -5,7 +5,7 @@ use crate::{plan::Limit, rootfs::Root, sys, users::User};
 use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
-    sched::{CloneFlags, setns, unshare},
+    sched::{CloneFlags, setns},
     sys::{
         prctl,
         resource::{Resource, setrlimit},
@@ -15,8 +15,8 @@ use nix::{
 use std::{
     ffi::{CStr, CString},
     fs::File,
-    io::{self, Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    io::{self, Read},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 /// Open files, soft and hard, unless the configuration says otherwise: what systemd gives its services. The kernel's own
@@ -28,8 +28,6 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 #[repr(u8)]
 pub(crate) enum Step {
     Session,
-    Cgroup,
-    OomScore,
     Streams,
     MountNamespace,
     EnterRoot,
@@ -44,12 +42,10 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    const ALL: [(Self, &'static str); 14] = [
+    const ALL: [(Self, &'static str); 12] = [
         (Self::Session, "starting a session"),
-        (Self::Cgroup, "entering the cgroup"),
-        (Self::OomScore, "resetting oom_score_adj"),
         (Self::Streams, "connecting the standard streams"),
-        (Self::MountNamespace, "making or entering the mount namespace"),
+        (Self::MountNamespace, "entering the mount namespace"),
         (Self::EnterRoot, "entering the root file system"),
         (Self::Limits, "setting resource limits"),
         (Self::Groups, "setting supplementary groups"),
@@ -81,13 +77,12 @@ pub(crate) enum World<'a> {
 
 /// What the child needs, opened before the fork.
 pub(crate) struct Child<'a> {
-    /// PID 1's own exemption from the OOM killer is inherited by fork; false where there is none (a test).
-    pub(crate) reset_oom_score: bool,
     pub(crate) world: World<'a>,
     pub(crate) user: &'a User,
     pub(crate) limits: &'a [Limit],
     pub(crate) allow_new_privileges: bool,
-    pub(crate) door: Option<File>,
+    /// The group it is born in.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
     pub(crate) stdin: OwnedFd,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
@@ -107,7 +102,11 @@ impl Child<'_> {
     /// When no pipe or process could be made.
     pub(crate) fn spawn(self) -> io::Result<(Pid, OwnedFd)> {
         let (report, report_child) = unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        let pid = sys::fork_into(|| self.run(report_child.as_fd()))?;
+        let birth = sys::Birth {
+            own_mounts: matches!(self.world, World::New(_)),
+            cgroup: self.cgroup,
+        };
+        let pid = sys::fork_into(birth, || self.run(report_child.as_fd()))?;
         Ok((pid, report))
     }
 
@@ -128,12 +127,6 @@ impl Child<'_> {
         let at = |step| move |errno: Errno| (step, errno);
         let io_at = |step| move |error: io::Error| (step, errno_of(&error));
         unistd::setsid().map_err(at(Step::Session))?;
-        if let Some(mut door) = self.door.as_ref() {
-            door.write_all(b"0").map_err(io_at(Step::Cgroup))?;
-        }
-        if self.reset_oom_score {
-            std::fs::write("/proc/self/oom_score_adj", "0").map_err(io_at(Step::OomScore))?;
-        }
         if self.terminal {
             sys::take_terminal(&self.stdin).map_err(io_at(Step::Streams))?;
         }
@@ -141,14 +134,13 @@ impl Child<'_> {
         unistd::dup2_stdout(&self.stdout).map_err(at(Step::Streams))?;
         unistd::dup2_stderr(&self.stderr).map_err(at(Step::Streams))?;
         match self.world {
-            // An own mount namespace with the image moved over its root: no way back by chroot tricks, and whatever the
+            // Its own mount namespace with the image moved over its root: no way back by chroot tricks, and whatever the
             // payload mounts is not PID 1's.
             World::New(root) => {
-                unshare(CloneFlags::CLONE_NEWNS).map_err(at(Step::MountNamespace))?;
                 unistd::chdir(root.path()).map_err(at(Step::EnterRoot))?;
                 mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(at(Step::EnterRoot))?;
+                // The working directory is the new root already.
                 unistd::chroot(".").map_err(at(Step::EnterRoot))?;
-                unistd::chdir("/").map_err(at(Step::EnterRoot))?;
             }
             // setns(2) enters the topmost mount at its root, which is the image.
             World::OfPayload(namespace) => {
@@ -160,15 +152,21 @@ impl Child<'_> {
         for limit in self.limits {
             setrlimit(limit.resource, limit.soft, limit.hard).map_err(at(Step::Limits))?;
         }
-        let groups: Vec<Gid> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
-        unistd::setgroups(&groups).map_err(at(Step::Groups))?;
-        let (uid, gid) = (Uid::from_raw(self.user.uid), Gid::from_raw(self.user.gid));
-        unistd::setresgid(gid, gid, gid).map_err(at(Step::Group))?;
-        unistd::setresuid(uid, uid, uid).map_err(at(Step::User))?;
+        // PID 1 is root without supplementary groups: nothing to change for such a user.
+        if !self.user.is_plain_root() {
+            let groups: Vec<Gid> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
+            unistd::setgroups(&groups).map_err(at(Step::Groups))?;
+            let (uid, gid) = (Uid::from_raw(self.user.uid), Gid::from_raw(self.user.gid));
+            unistd::setresgid(gid, gid, gid).map_err(at(Step::Group))?;
+            unistd::setresuid(uid, uid, uid).map_err(at(Step::User))?;
+        }
         if !self.allow_new_privileges {
             prctl::set_no_new_privs().map_err(at(Step::Privileges))?;
         }
-        unistd::chdir(self.working_dir).map_err(at(Step::WorkingDir))?;
+        // Both worlds begin at their root.
+        if self.working_dir != c"/" {
+            unistd::chdir(self.working_dir).map_err(at(Step::WorkingDir))?;
+        }
         sys::reset_signals().map_err(io_at(Step::Signals))?;
         let mut last = Errno::ENOENT;
         for program in self.programs {

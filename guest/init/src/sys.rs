@@ -1,24 +1,27 @@
 //! The calls that neither std nor nix offers safely. Every `unsafe` block of this crate is in this file.
 #![allow(unsafe_code)]
 
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::Pid;
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 /// What Rust's own start would have done and this program needs: descriptors 0 to 2 are taken, so that nothing opened
-/// later is mistaken for a standard stream, and a pipe without a reader is an error instead of a signal.
-pub(crate) fn stand_on_own_feet() {
-    // SAFETY: SIG_IGN installs no handler, so no code of ours runs in signal context.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+/// later is mistaken for a standard stream. `false`: they were not, and lead nowhere now. SIGPIPE needs nothing: the kernel
+/// spares a PID 1 every signal that it has no handler for (`SIGNAL_UNKILLABLE`, kernel/signal.c).
+pub(crate) fn stand_on_own_feet() -> bool {
+    // The kernel opens its console for all three or for none. SAFETY: takes two numbers.
+    if unsafe { libc::fcntl(2, libc::F_GETFD) } >= 0 {
+        return true;
+    }
     loop {
         // SAFETY: the name is a NUL-terminated constant; a descriptor that is not kept below is closed.
         let fd = unsafe { libc::memfd_create(c"none".as_ptr(), 0) };
         if !(0..=2).contains(&fd) {
             // SAFETY: either the descriptor that was just made, or -1, which close(2) refuses.
             unsafe { libc::close(fd) };
-            return;
+            return false;
         }
     }
 }
@@ -94,29 +97,69 @@ fn micros(time: libc::timeval) -> u64 {
         .saturating_add(part(time.tv_usec))
 }
 
+/// How a child differs from its parent from its first instruction on, clone3(2).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Birth<'a> {
+    /// In a mount namespace of its own.
+    pub(crate) own_mounts: bool,
+    /// In this cgroup, a folder of the hierarchy.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+}
+
 /// Forks; the child runs `child`, which ends in exec or in the returned exit code, and never comes back.
 ///
 /// # Errors
-/// Whatever fork(2) says.
-pub(crate) fn fork_into(child: impl FnOnce() -> i32) -> io::Result<Pid> {
-    // SAFETY: this program has one thread, so the child may do everything the parent may, allocation included.
-    match unsafe { nix::unistd::fork() }? {
-        ForkResult::Parent { child } => Ok(child),
-        ForkResult::Child => {
+/// Whatever clone3(2) says.
+pub(crate) fn fork_into(birth: Birth<'_>, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: clone_args is plain old data for which all-zero is a value.
+    let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
+    how.exit_signal = libc::SIGCHLD as u64;
+    if birth.own_mounts {
+        how.flags |= libc::CLONE_NEWNS as u64;
+    }
+    if let Some(folder) = birth.cgroup {
+        // CLONE_INTO_CGROUP, include/uapi/linux/sched.h; libc's constant is too narrow for it.
+        how.flags |= 0x2_0000_0000;
+        how.cgroup = folder.as_raw_fd() as u64;
+    }
+    // SAFETY: without CLONE_VM and a stack this is fork(2): the child goes on with a copy of everything. The C library does
+    // not hear of it, which matters to threads and to handlers of pthread_atfork; this program has neither, so the child
+    // may do everything the parent may, allocation included.
+    match unsafe { libc::syscall(libc::SYS_clone3, &raw const how, size_of::<libc::clone_args>()) } {
+        0 => {
             let code = child();
             // SAFETY: ends the process at once; no destructor of the parent's state runs twice.
             unsafe { libc::_exit(code) }
         }
+        pid if pid > 0 => Ok(Pid::from_raw(pid as libc::pid_t)),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Gives the payload what a fresh process has: no blocked signal, and SIGPIPE ends it (Rust's start-up ignores SIGPIPE).
+/// Random bytes that need not wait for the kernel's generator to be seeded: `false` where there are none yet.
+pub(crate) fn random_now(bytes: &mut [u8]) -> bool {
+    // SAFETY: the kernel writes at most `bytes.len()` bytes to the live slice.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    usize::try_from(got) == Ok(bytes.len())
+}
+
+/// Memory of the machine, bytes; 0 when unknown.
+pub(crate) fn memory_bytes() -> u64 {
+    // SAFETY: sysinfo is plain old data for which all-zero is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the live, writable value.
+    if unsafe { libc::sysinfo(&raw mut info) } == 0 {
+        info.totalram.saturating_mul(u64::from(info.mem_unit))
+    } else {
+        0
+    }
+}
+
+/// Gives the payload what a fresh process has: no blocked signal.
 ///
 /// # Errors
-/// Whatever sigaction(2) or sigprocmask(2) says.
+/// Whatever sigprocmask(2) says.
 pub(crate) fn reset_signals() -> io::Result<()> {
-    // SAFETY: SIG_DFL installs no handler, so no code of ours runs in signal context.
-    unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGPIPE, nix::sys::signal::SigHandler::SigDfl) }?;
     Ok(nix::sys::signal::SigSet::empty().thread_set_mask()?)
 }
 

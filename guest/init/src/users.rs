@@ -19,6 +19,23 @@ pub(crate) struct User {
     pub(crate) home: String,
 }
 
+impl User {
+    /// PID 1's own.
+    pub(crate) fn root() -> Self {
+        Self {
+            uid: 0,
+            gid: 0,
+            groups: Vec::new(),
+            home: String::new(),
+        }
+    }
+
+    /// Root and nothing else, as PID 1 is.
+    pub(crate) fn is_plain_root(&self) -> bool {
+        self.uid == 0 && self.gid == 0 && self.groups.is_empty()
+    }
+}
+
 /// Why there is no such user.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum UserError {

@@ -91,7 +91,13 @@ fn exec_gives_both_streams_and_the_code_and_sees_what_the_payload_sees() {
     assert!(out.contains("uid=1000"), "{out}");
     assert_eq!(heard.stderr, b"oops\n");
     assert!(heard.opened.unwrap().pid > 1);
-    assert_eq!(heard.over, [ChannelStream::Stdout, ChannelStream::Stderr]);
+    let mut over = heard.over.clone();
+    over.sort_unstable();
+    assert_eq!(
+        over,
+        [ChannelStream::Stdout, ChannelStream::Stderr],
+        "in whatever order"
+    );
 
     host.open(
         8,

@@ -30,7 +30,21 @@ pub fn build(init: &Path, modules: &Path) -> Result<Vec<u8>, BuildError> {
         }
     };
     let mut archive = Archive::default();
-    for folder in ["dev", "lib", MODULES, "newroot", "proc", "run", "sys", "tmp"] {
+    // Where far-init mounts: it makes what is missing, one call after another.
+    for folder in [
+        "dev",
+        "far",
+        "far/image",
+        "far/root",
+        "far/scratch",
+        "lib",
+        MODULES,
+        "newroot",
+        "proc",
+        "run",
+        "sys",
+        "tmp",
+    ] {
         archive.add(folder, 0o755, Entry::Folder);
     }
     // The kernel opens it for PID 1 before anything is mounted.

@@ -7,7 +7,10 @@ use std::{fs, io, io::Write, process, thread, time::Duration};
 /// # Errors
 /// A sentence: what could not be done, or that the verb is unknown.
 pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
-    if matches!(verb, "power-off" | "sysrq" | "eat-memory" | "kill-init" | "fork-bomb") {
+    if matches!(
+        verb,
+        "power-off" | "sysrq" | "eat-memory" | "kill-init" | "fork-bomb" | "stop-trace"
+    ) {
         only_in_a_guest()?;
     }
     match verb {
@@ -58,6 +61,7 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         "sysrq" => fs::write("/proc/sysrq-trigger", value).map_err(text),
         "eat-memory" => eat_memory(),
         "kill-init" => kill_init(),
+        "stop-trace" => stop_trace(),
         _ => Err("unknown step".into()),
     }
 }
@@ -283,4 +287,14 @@ fn kill_init() -> Result<(), String> {
     } else {
         Err(io::Error::last_os_error().to_string())
     }
+}
+
+/// Stops the trace that the kernel's command line began, so that reading it adds nothing to it.
+fn stop_trace() -> Result<(), String> {
+    let (kind, target) = (c"tracefs", c"/sys/kernel/tracing");
+    // SAFETY: four NUL-terminated constants, and no data.
+    if unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } != 0 {
+        return Err(io::Error::last_os_error().to_string());
+    }
+    fs::write("/sys/kernel/tracing/tracing_on", "0").map_err(text)
 }

@@ -12,9 +12,7 @@ use super::{
 };
 use crate::{
     cgroup::Cgroup,
-    payload,
-    place::Place,
-    plan,
+    payload, plan,
     rootfs::{Root, Symlinks},
     spawn::{self, Child, Step, World, errno_of},
     sys::{self, How},
@@ -65,7 +63,6 @@ pub(crate) struct Process {
 /// Starts what `exec` asks for.
 pub(crate) fn start(
     exec: Exec,
-    place: &Place,
     root: &Root,
     cgroup: Option<&Cgroup>,
     companion: &Companion,
@@ -103,10 +100,6 @@ pub(crate) fn start(
         .iter()
         .map(|(name, value)| text(&[name.as_str(), value.as_str()].join("=")))
         .collect::<Result<Vec<_>, _>>()?;
-    let door = cgroup
-        .map(Cgroup::door)
-        .transpose()
-        .map_err(io_failed("opening the cgroup"))?;
     let namespace = companion
         .namespace
         .as_ref()
@@ -155,12 +148,11 @@ pub(crate) fn start(
         theirs = (in_child, out_child, err_child);
     }
     let child = Child {
-        reset_oom_score: place.is_guest(),
         world: World::OfPayload(namespace),
         user,
         limits: &companion.limits,
         allow_new_privileges: companion.allow_new_privileges,
-        door,
+        cgroup: cgroup.map(Cgroup::folder),
         stdin: theirs.0,
         stdout: theirs.1,
         stderr: theirs.2,

@@ -14,9 +14,7 @@ mod get;
 mod put;
 mod streams;
 
-use crate::{
-    boot, cgroup::Cgroup, control::connection::Link, place::Place, plan::Limit, rootfs::Root, sys::Ended, users::User,
-};
+use crate::{boot, cgroup::Cgroup, control::connection::Link, plan::Limit, rootfs::Root, sys::Ended, users::User};
 use exec::Process;
 use far_proto::{
     frame::MAX_CHANNELS,
@@ -50,7 +48,6 @@ pub(crate) struct Companion {
 
 /// Where channels work.
 pub(crate) struct Ground<'a> {
-    pub(crate) place: &'a Place,
     pub(crate) root: &'a Root,
     pub(crate) cgroup: Option<&'a Cgroup>,
     pub(crate) companion: &'a Companion,
@@ -130,7 +127,6 @@ impl Request {
         Ok(match self {
             Self::Exec(exec) => Work::Exec(Box::new(exec::start(
                 exec,
-                ground.place,
                 ground.root,
                 ground.cgroup,
                 ground.companion,

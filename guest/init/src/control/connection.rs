@@ -154,10 +154,13 @@ impl Link {
                     return Progress::Nothing;
                 }
                 match getsockopt(fd, sockopt::SocketError) {
-                    Ok(0) => match fd.try_clone() {
-                        Ok(fd) => self.connected(fd, now),
-                        Err(error) => Progress::Lost(error.into()),
-                    },
+                    Ok(0) => {
+                        let down = State::Down { retry_at: now };
+                        let State::Connecting { fd } = std::mem::replace(&mut self.state, down) else {
+                            return Progress::Nothing;
+                        };
+                        self.connected(fd, now)
+                    }
                     Ok(code) => Progress::Lost(LinkError::Connect(Errno::from_raw(code))),
                     Err(error) => Progress::Lost(LinkError::Connect(error)),
                 }

@@ -391,7 +391,7 @@ impl Peer {
                 let Some(ground) = ground else {
                     return self.refuse("the agent is not running", 126);
                 };
-                match exec::start(*exec, ground.place, ground.root, ground.cgroup, ground.companion) {
+                match exec::start(*exec, ground.root, ground.cgroup, ground.companion) {
                     Ok(process) => {
                         self.state = State::Running(Box::new(process));
                         self.time_out_at = timeout.map(|timeout| now + timeout);

@@ -275,7 +275,7 @@ impl Session<'_> {
         let failed = |error: payload::StartError| (error.code(), with_sources(&error));
         let user = payload::identity(root, &plan.user).map_err(failed)?;
         uploads.place(root, &user).map_err(|error| refused(&error))?;
-        let started = payload::start(self.place, plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
+        let started = payload::start(plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
         self.boot.done("spawn");
         self.ready = Some(Ready {
             pid: u32::try_from(started.pid.as_raw()).unwrap_or(0),

@@ -146,9 +146,12 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Fatal> {
         let now = Instant::now();
         let mut nonce = vec![0; 16];
-        File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut nonce))
-            .map_err(Fatal::Nonce)?;
+        if !sys::random_now(&mut nonce) {
+            // It never blocks, and a boot nonce only has to differ from the last boot's.
+            File::open("/dev/urandom")
+                .and_then(|mut random| random.read_exact(&mut nonce))
+                .map_err(Fatal::Nonce)?;
+        }
         if let Err(error) = &root {
             power::say(&with_sources(error));
         }
@@ -179,6 +182,8 @@ impl<'a> Session<'a> {
     /// # Errors
     /// [`Fatal`] when poll fails, or when no host came for the exit report.
     pub(crate) fn run(mut self) -> Result<(), Fatal> {
+        // Dials at once.
+        self.act(PollFlags::empty(), PollFlags::empty(), [PollFlags::empty(); 2])?;
         while !self.done {
             let now = Instant::now();
             self.keep_time(now)?;
@@ -404,12 +409,12 @@ impl<'a> Session<'a> {
 
     /// The channels, and where they work: beside a running payload.
     fn ground(&mut self) -> (&mut Channels, Option<Ground<'_>>) {
-        let ground = ground(self.place, &self.state, &self.root, self.cgroup.as_ref());
+        let ground = ground(&self.state, &self.root, self.cgroup.as_ref());
         (&mut self.channels, ground)
     }
 
     fn serve_agents(&mut self, now: Instant) {
-        let ground = ground(self.place, &self.state, &self.root, self.cgroup.as_ref());
+        let ground = ground(&self.state, &self.root, self.cgroup.as_ref());
         self.agents.work(ground.as_ref(), now);
     }
 
@@ -421,15 +426,9 @@ impl<'a> Session<'a> {
     }
 }
 
-fn ground<'a>(
-    place: &'a Place,
-    state: &'a State,
-    root: &'a Result<Root, RootError>,
-    cgroup: Option<&'a Cgroup>,
-) -> Option<Ground<'a>> {
+fn ground<'a>(state: &'a State, root: &'a Result<Root, RootError>, cgroup: Option<&'a Cgroup>) -> Option<Ground<'a>> {
     match (state, root) {
         (State::Running(running), Ok(root)) if running.ended.is_none() => Some(Ground {
-            place,
             root,
             cgroup,
             companion: &running.companion,

@@ -97,16 +97,22 @@ impl Blade {
     /// Waits for the guest and answers its Hello; sends the configuration when the guest waits for it.
     pub fn accept(&mut self) -> anyhow::Result<Connection> {
         let mut connection = self.accept_silently()?;
-        connection.send(ToGuest::Welcome(Welcome {
+        let mut words = vec![ToGuest::Welcome(Welcome {
             generation: 1,
             stored_stdout_seq: self.stored[0].1,
             stored_stderr_seq: self.stored[1].1,
             log_window_bytes: self.window,
             heartbeat_interval_ms: self.heartbeat_ms,
-        }))?;
+        })];
         if self.hellos.last().unwrap().stage() == Stage::WaitingForConfig {
-            self.configure(&mut connection)?;
+            words.extend(self.configuration());
         }
+        // In one piece, as far-node does.
+        let mut bytes = Vec::new();
+        for kind in words {
+            frame::encode(&HostMessage { kind: Some(kind) }, &mut bytes);
+        }
+        connection.send_raw(&bytes)?;
         Ok(connection)
     }
 
@@ -129,7 +135,7 @@ impl Blade {
         Ok(connection)
     }
 
-    fn configure(&self, connection: &mut Connection) -> anyhow::Result<()> {
+    fn configuration(&self) -> Vec<ToGuest> {
         let mut config = self.config.clone();
         config
             .files
@@ -140,18 +146,19 @@ impl Blade {
                 sha256: Sha256::digest(data).to_vec(),
                 sealed: self.sealed.contains(path),
             }));
-        connection.send(ToGuest::Config(config))?;
+        let mut words = vec![ToGuest::Config(config)];
         for (file, (_, _, data)) in self.files.iter().enumerate() {
             for (n, part) in data.chunks(100_000).enumerate() {
                 let offset = n as u64 * 100_000;
-                connection.send(ToGuest::FileChunk(FileChunk {
+                words.push(ToGuest::FileChunk(FileChunk {
                     file: file as u32,
                     offset,
                     data: part.to_vec(),
-                }))?;
+                }));
             }
         }
-        connection.send(ToGuest::Start(Start {}))
+        words.push(ToGuest::Start(Start {}));
+        words
     }
 
     /// Reads one message, stores and acknowledges what is to be stored. `None`: the guest is gone.
