@@ -845,7 +845,7 @@ fn resolve(blade: &Blade, spec: &Spec) -> Result<(ReadyImage, Launch), Forced> {
         return Ok((image, launch));
     }
     let launch =
-        delivery::launch(spec, &image.settings, |path| blade.images.has_file(&image, path)).map_err(|error| {
+        delivery::launch(spec, &image.settings, |paths| blade.images.has_files(&image, paths)).map_err(|error| {
             let reason = match error {
                 LaunchError::NoProgram { .. } | LaunchError::Missing { .. } => EndReason::Error,
                 LaunchError::Settings { .. } => EndReason::ImageError,

@@ -267,25 +267,24 @@ impl Node for NodeApi {
     ) -> Result<Response<proto::Image>, Status> {
         self.only_from_the_blade()?;
         let images = self.supervisor.blade().images.clone();
-        let path = images
-            .incoming()
-            .join(format!("load-{:016x}.tar", rand::random::<u64>()));
-        let received = receive(request.into_inner(), &path).await;
-        let loaded = match received {
-            Ok(reference) => {
-                let (images, path) = (images.clone(), path.clone());
-                blocking(move || images.load(&reference, &path))
-                    .await?
-                    .map_err(Status::from)
-            }
-            Err(status) => Err(status),
-        };
-        if let Err(error) = tokio::fs::remove_file(&path).await
-            && error.kind() != std::io::ErrorKind::NotFound
+        let archive = Archive(
+            images
+                .incoming()
+                .join(format!("load-{:016x}.tar", rand::random::<u64>())),
+        );
+        let reference = receive(request.into_inner(), &archive.0).await?;
+        let store = images.clone();
+        let loaded = blocking(move || store.load(&reference, &archive.0)).await??;
+        // The reference may have left another image behind. One that an attempt is being prepared from is not in its record
+        // yet: then the next load sees to it.
+        let (entries, _) = self.board().entries();
+        let live = entries.iter().filter(|entry| !entry.record.is_ended());
+        let in_use: Option<_> = live.map(|entry| entry.record.image_digest.clone()).collect();
+        if let Some(in_use) = in_use
+            && let Err(error) = blocking(move || images.collect(&in_use)).await?
         {
-            tracing::warn!(path = %path.display(), %error, "a received archive is left");
+            tracing::warn!(%error, "images without a name are left");
         }
-        let loaded = loaded?;
         self.supervisor.blade().images_changed.notify_one();
         Ok(Response::new(wire::image(loaded)))
     }
@@ -314,6 +313,17 @@ impl Node for NodeApi {
         blocking(move || images.remove(&reference, &in_use)).await??;
         self.supervisor.blade().images_changed.notify_one();
         Ok(Response::new(proto::RemoveImageResponse {}))
+    }
+}
+
+/// An archive on its way into the store. Gone with the call, however that ends: callers may hang up.
+struct Archive(std::path::PathBuf);
+
+impl Drop for Archive {
+    fn drop(&mut self) {
+        if let Err(error) = crate::files::remove_file(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "a received archive is left");
+        }
     }
 }
 

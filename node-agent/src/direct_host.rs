@@ -264,7 +264,8 @@ impl VmHost for DirectHost {
     }
 
     fn ended(&self, vm: &VmId) -> BoxFuture<'static, VmmEnd> {
-        let (client, exit_file) = (self.client(vm), self.folder(vm).join("exit.json"));
+        let (client, folder) = (self.client(vm), self.folder(vm));
+        let exit_file = folder.join("exit.json");
         async move {
             let started = Instant::now();
             let mut was_there = false;
@@ -285,11 +286,13 @@ impl VmHost for DirectHost {
                     Err(error) => tracing::warn!(path = %exit_file.display(), %error, "an exit record cannot be read"),
                 }
                 was_there |= matches!(error, far_vmm::control::ControlError::Gone { .. });
-                if error.is_gone() && was_there {
+                let is_late = started.elapsed() > PATIENCE;
+                // The marker outlives a far-vmm that ended while no far-node was there to see it.
+                if error.is_gone() && (was_there || is_late && folder.join(far_vmm::run::BOOT_MARKER).exists()) {
                     let message = "far-vmm ended without a record of how; it was killed or it failed".to_owned();
                     return VmmEnd::Crashed { message };
                 }
-                if error.is_gone() && started.elapsed() > PATIENCE {
+                if error.is_gone() && is_late {
                     return VmmEnd::Vanished { blade_rebooted: false };
                 }
                 sleep(LOOK * 5).await;
@@ -393,4 +396,29 @@ fn last_words(path: &Path) -> String {
         .find(|line| !line.trim().is_empty())
         .unwrap_or("it said nothing");
     clean_text(line, 400)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As an adopting far-node finds it, where far-vmm was killed while there was none.
+    #[tokio::test(start_paused = true)]
+    async fn a_far_vmm_that_booted_and_is_gone_without_a_record_crashed() {
+        let vms = tempfile::tempdir().unwrap();
+        let options = DirectHostOptions {
+            vms: vms.path().to_owned(),
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            far_vmm: PathBuf::new(),
+            backend: Backend::Qemu,
+            nics: Nics::none("a test"),
+        };
+        let host = DirectHost::new(options, far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default()));
+        let vm = VmId::parse("fa-0123456789ab-1").unwrap();
+        assert_eq!(host.ended(&vm).await, VmmEnd::Vanished { blade_rebooted: false });
+        std::fs::create_dir(host.folder(&vm)).unwrap();
+        std::fs::write(host.folder(&vm).join(far_vmm::run::BOOT_MARKER), "").unwrap();
+        assert!(matches!(host.ended(&vm).await, VmmEnd::Crashed { .. }));
+    }
 }

@@ -140,8 +140,8 @@ pub trait Images: Debug + Send + Sync + 'static {
     /// # Errors
     /// Unknown reference, bad image, or the store fails.
     fn prepare(&self, reference: &str) -> Result<ReadyImage, ImageFault>;
-    /// Whether an absolute path leads to a file in the image; `None`: the store cannot tell.
-    fn has_file(&self, image: &ReadyImage, path: &str) -> Option<bool>;
+    /// For each absolute path, whether it leads to a file in the image; `None`: the store cannot tell.
+    fn has_files(&self, image: &ReadyImage, paths: &[String]) -> Option<Vec<bool>>;
     /// Everything stored.
     ///
     /// # Errors
@@ -157,6 +157,11 @@ pub trait Images: Debug + Send + Sync + 'static {
     /// # Errors
     /// The store fails.
     fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageFault>;
+    /// Removes what no reference names any more and is not in use.
+    ///
+    /// # Errors
+    /// The store fails.
+    fn collect(&self, in_use: &BTreeSet<String>) -> Result<(), ImageFault>;
     /// Folder for archives that are being received.
     fn incoming(&self) -> PathBuf;
 }

@@ -150,6 +150,13 @@ impl Ledger {
                 loaded.damaged.insert(vm);
             } else if let Some(vm) = name.strip_suffix(".json").and_then(VmId::parse) {
                 match self.read(&vm) {
+                    Some(record) if record.is_ended() => {
+                        // Left by a crash, or by a disk that failed, between the end and its removal.
+                        if let Err(error) = self.remove_spec(&vm) {
+                            tracing::warn!(vm.id = %vm, %error, "the spec of an ended attempt is left in the ledger");
+                        }
+                        loaded.records.push((record, None));
+                    }
                     Some(record) => {
                         let spec = self.read_spec(&vm);
                         loaded.records.push((record, spec));
@@ -246,6 +253,25 @@ mod tests {
         }
         ledger.remove(&record.vm_id).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_spec_of_an_ended_attempt_goes_at_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let spec = check_spec(Some(wire_spec())).unwrap();
+        let mut record = fresh();
+        ledger.write_spec(&record.vm_id, &spec.without_secrets()).unwrap();
+        let end = Fact::Ended {
+            at: 1,
+            end: an_end(EndReason::Evicted),
+            vmm_cpu_us: 0,
+        };
+        record.apply(end).unwrap();
+        // A crash before the spec was removed.
+        ledger.write(&record).unwrap();
+        assert_eq!(ledger.load().unwrap().records, vec![(record.clone(), None)]);
+        assert!(!folder.path().join(format!("{}.spec.json", record.vm_id)).exists());
     }
 
     #[test]

@@ -28,6 +28,8 @@ fn run() -> Result<()> {
         .context("reading the own user id")?
         .uid();
     let config = Args::parse().check(|name| std::env::var(name).ok(), uid)?;
+    // Dropped after the runtime, which waits for the work on its blocking threads.
+    let _lock = far_node::node::lock_state(&config.state_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -42,7 +42,6 @@ use tokio_util::sync::CancellationToken;
 /// # Errors
 /// Something that far-node cannot be without: folders, ledger, images, sockets.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
-    let _lock = lock_state(&config.state_dir)?;
     check_run_dir(&config.run_dir)?;
     let opened = {
         let (config, shutdown) = (config.clone(), shutdown.clone());
@@ -192,8 +191,12 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
-/// Holds the state folder for this process; the kernel lets go of it however the process ends.
-fn lock_state(folder: &Path) -> Result<File> {
+/// Holds the state folder for this process; the kernel lets go of it however the process ends. Drop it after the runtime:
+/// what still works on a blocking thread when [`run`] is given up writes into the folder.
+///
+/// # Errors
+/// Another far-node has it.
+pub fn lock_state(folder: &Path) -> Result<File> {
     make_private_dir(folder).with_context(|| format!("making {}", folder.display()))?;
     let path = folder.join("lock");
     let file = File::options()

@@ -77,8 +77,8 @@ impl Images for Store {
         })
     }
 
-    fn has_file(&self, image: &ReadyImage, path: &str) -> Option<bool> {
-        self.images.may_have_program(&image.digest, path).ok()
+    fn has_files(&self, image: &ReadyImage, paths: &[String]) -> Option<Vec<bool>> {
+        self.images.may_have_programs(&image.digest, paths).ok()
     }
 
     fn list(&self) -> Result<Vec<StoredImage>, ImageFault> {
@@ -94,6 +94,10 @@ impl Images for Store {
 
     fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageFault> {
         self.images.remove(reference, in_use).map_err(fault)
+    }
+
+    fn collect(&self, in_use: &BTreeSet<String>) -> Result<(), ImageFault> {
+        self.images.collect(in_use).map_err(fault)
     }
 
     fn incoming(&self) -> PathBuf {

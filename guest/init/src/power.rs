@@ -21,8 +21,6 @@ pub(crate) enum Fatal {
     Poll(#[source] io::Error),
     #[error("drawing the boot nonce from /dev/urandom")]
     Nonce(#[source] io::Error),
-    #[error("no host acknowledged the exit report for {minutes} minutes")]
-    NoHost { minutes: u64 },
 }
 
 /// Opens /dev/console for the standard streams, where the kernel did not: the initramfs has no console node.

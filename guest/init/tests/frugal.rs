@@ -129,6 +129,8 @@ fn from_exec_to_the_payload_are_at_most_80_system_calls() {
     let blade = &mut guest.blade;
     let (count, exit) = std::thread::scope(|scope| {
         let exit = scope.spawn(|| blade.serve());
+        // The trace reaps it.
+        #[allow(clippy::zombie_processes)]
         let child = command.spawn().unwrap();
         let count = trace(Pid::from_raw(child.id() as i32));
         (count, exit.join().unwrap().unwrap())

@@ -203,27 +203,30 @@ impl ImageStore {
         self.image(&digest.ok_or_else(unknown)?)?.ok_or_else(unknown)
     }
 
-    /// Whether the image may have a program at `path`: `false` only when it certainly has none there. A path that leads
+    /// For each path, whether the image may have a program there: `false` only when it certainly has none. A path that leads
     /// over a symbolic link is left to the guest's kernel.
     ///
     /// # Errors
     /// [`ImageError::ProgramsUnknown`] when the image has too many of them to be listed, or is not here.
-    pub fn may_have_program(&self, digest: &str, path: &str) -> Result<bool, ImageError> {
+    pub fn may_have_programs(&self, digest: &str, paths: &[String]) -> Result<Vec<bool>, ImageError> {
         let file = self.programs_file(digest.trim_start_matches("sha256:"));
         let Programs { programs } = read_json(&file)?.ok_or_else(|| ImageError::ProgramsUnknown {
             digest: digest.to_owned(),
             limit: PROGRAMS_BYTES,
         })?;
-        let mut prefix = String::new();
-        for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
-            prefix.push('/');
-            prefix.push_str(part);
-            // Symlinks are listed with a trailing "@".
-            if part == ".." || programs.contains(&format!("{prefix}@")) {
-                return Ok(true);
+        let may_be_there = |path: &String| {
+            let mut prefix = String::new();
+            for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
+                prefix.push('/');
+                prefix.push_str(part);
+                // Symlinks are listed with a trailing "@".
+                if part == ".." || programs.contains(&format!("{prefix}@")) {
+                    return true;
+                }
             }
-        }
-        Ok(programs.contains(&prefix))
+            programs.contains(&prefix)
+        };
+        Ok(paths.iter().map(may_be_there).collect())
     }
 
     /// All images that can be used, by digest. One that cannot be read hides no other: it is left out with a warning.

@@ -183,8 +183,11 @@ fn a_missing_program_is_told_before_a_boot() {
         ("", false),
     ] {
         assert_eq!(
-            place.store.may_have_program(&loaded.digest, path).unwrap(),
-            wanted,
+            place
+                .store
+                .may_have_programs(&loaded.digest, &[path.to_owned()])
+                .unwrap(),
+            [wanted],
             "{path}"
         );
     }
@@ -201,7 +204,12 @@ fn listing_and_finding_images_never_read_what_programs_they_have() {
     fs::write(store.join(format!("programs/{hex}.json")), "not JSON").unwrap();
     assert_eq!(place.store.resolve(ONE).unwrap(), loaded);
     assert_eq!(place.store.list().unwrap(), std::slice::from_ref(&loaded));
-    assert!(place.store.may_have_program(&loaded.digest, "/bin/program").is_err());
+    assert!(
+        place
+            .store
+            .may_have_programs(&loaded.digest, &["/bin/program".to_owned()])
+            .is_err()
+    );
 }
 
 #[test]
@@ -212,7 +220,10 @@ fn an_image_with_too_many_programs_is_kept_without_a_list_of_them() {
         .collect();
     let bytes = archive(&[gzipped(&tar_of(&many))]);
     let loaded = place.store.load_archive(bytes.as_slice(), ONE).unwrap();
-    let error = place.store.may_have_program(&loaded.digest, "/missing").unwrap_err();
+    let error = place
+        .store
+        .may_have_programs(&loaded.digest, &["/missing".to_owned()])
+        .unwrap_err();
     assert!(matches!(error, ImageError::ProgramsUnknown { .. }), "{error}");
     let hex = &loaded.digest["sha256:".len()..];
     let list = place.dir.path().join(format!("images/programs/{hex}.json"));

@@ -15,6 +15,10 @@ const MAX_CHUNK: usize = 512 << 10;
 /// All strings of an image's config, bytes: with the bounds of args, env and file paths a Config always fits into one
 /// frame.
 const MAX_IMAGE_SETTINGS: usize = 128 << 10;
+/// Folders of the image's PATH that are looked through for a program without one.
+const MAX_PATH_FOLDERS: usize = 1024;
+/// Longest path that exec takes, bytes.
+const MAX_PROGRAM: usize = 4095;
 /// What one string takes in a message besides its own bytes, at most.
 const PER_STRING: usize = 10;
 /// Bytes for the guest's random pool (control.proto: 32 to 512).
@@ -64,12 +68,12 @@ pub(crate) enum LaunchError {
     Settings { image: String, bytes: usize },
 }
 
-/// Puts image and spec together, with Kubernetes' rules for command and args; `has_file` looks into the image
+/// Puts image and spec together, with Kubernetes' rules for command and args; `has_files` looks into the image, once
 /// (`None`: not known before the boot).
 pub(crate) fn launch(
     spec: &Spec,
     image: &ImageSettings,
-    has_file: impl Fn(&str) -> Option<bool>,
+    has_files: impl FnOnce(&[String]) -> Option<Vec<bool>>,
 ) -> Result<Launch, LaunchError> {
     let lists = [&image.entrypoint, &image.cmd, &image.env];
     let strings = lists.into_iter().flatten().chain([&image.working_dir, &image.user]);
@@ -100,17 +104,23 @@ pub(crate) fn launch(
         image: spec.image.clone(),
     };
     let program = if name.starts_with('/') {
-        if has_file(&name) == Some(false) {
+        if has_files(std::slice::from_ref(&name)).is_some_and(|there| !there.contains(&true)) {
             return Err(missing());
         }
         name.clone()
     } else {
         let path = image.env.iter().find_map(|env| env.strip_prefix("PATH="));
-        path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        // PATH is the image's, so it may be anything.
+        let paths: Vec<String> = path
+            .unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .split(':')
+            .take(MAX_PATH_FOLDERS)
+            .filter(|folder| folder.starts_with('/') && folder.len() + name.len() < MAX_PROGRAM)
             .map(|folder| format!("{folder}/{name}"))
-            .find(|path| has_file(path) == Some(true))
-            .ok_or_else(missing)?
+            .collect();
+        let there = has_files(&paths).unwrap_or_default();
+        let found = paths.into_iter().zip(there).find(|(_, is_there)| *is_there);
+        found.map(|(path, _)| path).ok_or_else(missing)?
     };
     let working_dir = spec.working_dir.clone().unwrap_or_else(|| image.working_dir.clone());
     Ok(Launch {
@@ -232,7 +242,7 @@ mod tests {
             ("entrypoint and args", spec(Some("/x"), &["a"]), "/x a"),
         ];
         for (why, spec, expected) in cases {
-            let launch = launch(&spec, &image(), |_| Some(true)).unwrap();
+            let launch = launch(&spec, &image(), |paths| Some(vec![true; paths.len()])).unwrap();
             let told = std::iter::once(launch.program)
                 .chain(launch.args)
                 .collect::<Vec<_>>()
@@ -245,7 +255,9 @@ mod tests {
     #[test]
     fn a_program_that_the_image_lacks_names_the_field() {
         let mut spec = check_spec(Some(wire_spec())).unwrap();
-        let error = launch(&spec, &image(), |_| Some(false)).unwrap_err().to_string();
+        let error = launch(&spec, &image(), |paths| Some(vec![false; paths.len()]))
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("spec.entrypoint") && error.contains("/usr/local/bin/tiffany"),
             "{error}"
@@ -265,8 +277,36 @@ mod tests {
             entrypoint: vec!["tool".into()],
             ..image()
         };
-        let found = launch(&spec, &relative, |path| Some(path == "/opt/bin/tool")).unwrap();
+        let has_tool = |paths: &[String]| Some(paths.iter().map(|path| path == "/opt/bin/tool").collect());
+        let found = launch(&spec, &relative, has_tool).unwrap();
         assert_eq!(found.program, "/opt/bin/tool");
+    }
+
+    #[test]
+    fn a_path_of_very_many_folders_is_looked_through_once_and_in_part() {
+        let mut spec = check_spec(Some(wire_spec())).unwrap();
+        spec.entrypoint = None;
+        let hostile = ImageSettings {
+            entrypoint: vec!["tool".into()],
+            env: vec![format!("PATH={}", "/:".repeat(50_000))],
+            ..image()
+        };
+        let asked = std::cell::Cell::new(0);
+        let error = launch(&spec, &hostile, |paths| {
+            asked.set(paths.len());
+            Some(vec![false; paths.len()])
+        });
+        assert!(matches!(error, Err(LaunchError::Missing { .. })));
+        assert_eq!(asked.get(), MAX_PATH_FOLDERS);
+        let long = ImageSettings {
+            entrypoint: vec!["t".repeat(100_000)],
+            ..image()
+        };
+        let error = launch(&spec, &long, |paths| {
+            assert_eq!(paths, [""; 0]);
+            None
+        });
+        assert!(matches!(error, Err(LaunchError::Missing { .. })));
     }
 
     #[test]
@@ -298,7 +338,7 @@ mod tests {
             },
         ];
         for image in hostile {
-            let launched = launch(&spec, &image, |_| Some(true));
+            let launched = launch(&spec, &image, |paths| Some(vec![true; paths.len()]));
             assert!(matches!(launched, Err(LaunchError::Settings { .. })));
         }
     }

@@ -98,6 +98,9 @@ pub(crate) struct Protocol {
     started: bool,
     is_ready: bool,
     seen: Stored,
+    /// Streams of which this connection has not brought anything, of a guest that ran before it. Its first piece may come
+    /// after a gap: what an earlier far-node acknowledged and a full disk did not keep exists nowhere any more.
+    may_lack: [bool; 2],
     exit_last: Option<Stored>,
 }
 
@@ -108,6 +111,7 @@ impl Protocol {
             started: stage != Stage::WaitingForConfig,
             is_ready: false,
             seen: stored,
+            may_lack: [stage != Stage::WaitingForConfig; 2],
             exit_last: None,
         }
     }
@@ -177,7 +181,10 @@ impl Protocol {
             Ok(guest::Stream::Unspecified) | Err(_) => return violation("Log of an unknown stream"),
         };
         let seen = self.seen.of(stream);
-        if Some(log.seq) != seen.checked_add(1) {
+        let may_lack = std::mem::take(&mut self.may_lack[stream as usize]);
+        let follows = Some(log.seq) == seen.checked_add(1);
+        let is_a_loss = may_lack && log.seq > seen;
+        if !follows && !is_a_loss {
             return violation(format!("Log number {} of {stream:?} after number {seen}", log.seq));
         }
         if !(1..=MAX_LOG_DATA).contains(&log.data.len()) {
@@ -217,6 +224,12 @@ impl Protocol {
         };
         if last.stdout_seq < self.seen.stdout_seq || last.stderr_seq < self.seen.stderr_seq {
             return violation("Exit announces less output than was sent");
+        }
+        // A guest says Exit after everything that it still has.
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            if self.may_lack[stream as usize] {
+                self.seen.set(stream, last.of(stream));
+            }
         }
         self.exit_last = Some(last);
         Ok(Step::Exit {
@@ -328,7 +341,7 @@ mod tests {
             ("Ready before Start", waiting(), vec![ready()]),
             ("Log before Start", waiting(), vec![log(1)]),
             ("forged Exit before Start", waiting(), vec![exit(0, 0)]),
-            ("gap", running(), vec![log(6)]),
+            ("gap", running(), vec![log(5), log(7)]),
             ("backwards", running(), vec![log(4)]),
             ("Ready twice", running(), vec![ready(), ready()]),
             ("Exit twice", running(), vec![exit(0, 4), exit(0, 4)]),
@@ -365,12 +378,39 @@ mod tests {
                 stderr_seq: 0,
             },
         );
+        protocol.take(log(5)).unwrap();
         protocol.take(exit(0, 6)).unwrap();
         assert!(!protocol.is_exit_complete());
-        protocol.take(log(5)).unwrap();
         protocol.take(log(6)).unwrap();
         assert!(protocol.is_exit_complete());
         assert_eq!(protocol.seen().stdout_seq, 6);
+    }
+
+    /// The disk was full, output was dropped and acknowledged, and the next far-node does not know of it.
+    #[test]
+    fn what_was_acknowledged_and_is_lost_is_a_gap_once_and_ends_no_healthy_agent() {
+        let resumed = || {
+            Protocol::new(
+                Stage::Running,
+                Stored {
+                    stdout_seq: 4,
+                    stderr_seq: 0,
+                },
+            )
+        };
+        let mut protocol = resumed();
+        protocol.take(log(9)).unwrap();
+        protocol.take(log(10)).unwrap();
+        assert!(protocol.take(log(12)).is_err(), "a second gap is the guest's own");
+        let mut protocol = resumed();
+        protocol.take(exit(0, 9)).unwrap();
+        assert!(protocol.is_exit_complete(), "nothing more comes");
+        let mut fresh = Protocol::new(Stage::WaitingForConfig, Stored::default());
+        fresh.note_start();
+        assert!(
+            fresh.take(log(2)).is_err(),
+            "nothing can be lost of a payload that just started"
+        );
     }
 
     #[test]
@@ -387,7 +427,8 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_a_guest_sends_numbers_only_grow_by_one(seqs in proptest::collection::vec(0_u64..6, 0..40)) {
-            let mut protocol = Protocol::new(Stage::Running, Stored::default());
+            let mut protocol = Protocol::new(Stage::WaitingForConfig, Stored::default());
+            protocol.note_start();
             let mut taken = 0;
             for seq in seqs {
                 if protocol.take(log(seq)).is_ok() {

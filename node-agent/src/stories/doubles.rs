@@ -164,8 +164,8 @@ impl Images for FakeImages {
         })
     }
 
-    fn has_file(&self, _: &ReadyImage, path: &str) -> Option<bool> {
-        Some(!path.contains("missing"))
+    fn has_files(&self, _: &ReadyImage, paths: &[String]) -> Option<Vec<bool>> {
+        Some(paths.iter().map(|path| !path.contains("missing")).collect())
     }
 
     fn list(&self) -> Result<Vec<StoredImage>, ImageFault> {
@@ -177,6 +177,10 @@ impl Images for FakeImages {
     }
 
     fn remove(&self, _: &str, _: &BTreeSet<String>) -> Result<(), ImageFault> {
+        Ok(())
+    }
+
+    fn collect(&self, _: &BTreeSet<String>) -> Result<(), ImageFault> {
         Ok(())
     }
 

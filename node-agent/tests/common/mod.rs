@@ -97,7 +97,17 @@ impl Node {
         Self::start_with(test, &[]).await
     }
 
+    /// On a blade whose kernel says this boot id, as [`Self::set_boot_id`] may change it for the next start.
+    #[allow(dead_code)]
+    pub(crate) async fn start_booted_as(test: &str, boot_id: &str) -> Option<Self> {
+        Self::start_on(test, &[], Some(boot_id)).await
+    }
+
     pub(crate) async fn start_with(test: &str, more: &[&str]) -> Option<Self> {
+        Self::start_on(test, more, None).await
+    }
+
+    async fn start_on(test: &str, more: &[&str], boot_id: Option<&str>) -> Option<Self> {
         if let Some(missing) = missing() {
             eprintln!("SKIPPED {test}: {missing}");
             return None;
@@ -129,6 +139,9 @@ impl Node {
                 None => args.extend(pair.iter().map(|arg| (*arg).to_owned())),
             }
         }
+        if let Some(boot_id) = boot_id {
+            fs::write(dir.path().join("boot_id"), format!("{boot_id}\n")).unwrap();
+        }
         let process = spawn(&args, dir.path());
         let client = connect(dir.path()).await;
         Some(Self {
@@ -155,11 +168,52 @@ impl Node {
 
     /// SIGKILL, then a new far-node with the same folders.
     pub(crate) async fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart().await;
+    }
+
+    pub(crate) fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
+    }
+
+    pub(crate) async fn restart(&mut self) {
         let _ = fs::remove_file(self.at("ready"));
         self.process = spawn(&self.args, self.dir.path());
         self.client = connect(self.dir.path()).await;
+    }
+
+    #[allow(dead_code)]
+    pub(crate) fn set_boot_id(&self, boot_id: &str) {
+        fs::write(self.at("boot_id"), format!("{boot_id}\n")).unwrap();
+    }
+
+    #[allow(dead_code)]
+    pub(crate) fn files_in(&self, folder: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.at(folder)).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+
+    #[allow(dead_code)]
+    pub(crate) async fn until_files(&self, folder: &str, count: usize) {
+        let wait = async {
+            while self.files_in(folder).len() != count {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, wait)
+            .await
+            .unwrap_or_else(|_| panic!("{folder} has {:?}, not {count} files", self.files_in(folder)));
+    }
+
+    /// An image of one file with this content, under `reference`.
+    #[allow(dead_code)]
+    pub(crate) async fn load_image_of(&mut self, reference: &str, content: &[u8]) {
+        let mut image = far_image::oci::Builder::new();
+        image.file("/file", 0o755, 0, content.to_vec()).unwrap();
+        let archive = self.at("image.tar");
+        fs::write(&archive, image.build()).unwrap();
+        self.load(&archive, reference).await;
     }
 
     pub(crate) async fn load_tiffany(&mut self, reference: &str) {
@@ -409,7 +463,18 @@ fn spawn(args: &[String], dir: &Path) -> Child {
         .append(true)
         .open(dir.join("far-node.log"))
         .unwrap();
-    Command::new(env!("CARGO_BIN_EXE_far-node"))
+    let program = env!("CARGO_BIN_EXE_far-node");
+    let boot_id = dir.join("boot_id");
+    let mut command = if boot_id.exists() {
+        let mut command = Command::new("unshare");
+        let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
+        command.args(["-m", "--propagation", "private", "sh", "-c", script]);
+        command.arg(boot_id).arg(program);
+        command
+    } else {
+        Command::new(program)
+    };
+    command
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

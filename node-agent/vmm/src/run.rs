@@ -24,7 +24,7 @@ use folder::VmFolder;
 use monitor::Monitor;
 use std::{io, path::PathBuf};
 
-pub use folder::FolderError;
+pub use folder::{BOOT_MARKER, FolderError};
 
 /// Signals that ended a process are told as 128 + their number, as shells do.
 const SIGNAL_BASE: i32 = 128;

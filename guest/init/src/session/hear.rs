@@ -41,7 +41,6 @@ impl Session<'_> {
                     // A kind of a later generation: not for us.
                 }
                 Ok(Some(HostMessage { kind: Some(heard) })) => {
-                    self.last_heard = now;
                     if let Err(misuse) = self.hear(heard, now) {
                         return self.lose(&misuse, now);
                     }

@@ -46,8 +46,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long an exit report waits for a host that is silent. Then the VM ends and the blade shows what it knows.
-const GIVE_UP_MINUTES: u64 = 10;
 /// Longest `start_error`, bytes.
 const MAX_START_ERROR: usize = 1024;
 
@@ -131,7 +129,6 @@ pub(crate) struct Session<'a> {
     state: State,
     ready: Option<Ready>,
     heartbeats: u64,
-    last_heard: Instant,
     done: bool,
 }
 
@@ -172,7 +169,6 @@ impl<'a> Session<'a> {
             state: State::Waiting { offer: None },
             ready: None,
             heartbeats: 0,
-            last_heard: now,
             done: false,
         })
     }
@@ -180,13 +176,13 @@ impl<'a> Session<'a> {
     /// Serves until the exit report is acknowledged.
     ///
     /// # Errors
-    /// [`Fatal`] when poll fails, or when no host came for the exit report.
+    /// [`Fatal`] when poll fails.
     pub(crate) fn run(mut self) -> Result<(), Fatal> {
         // Dials at once.
         self.act(PollFlags::empty(), PollFlags::empty(), [PollFlags::empty(); 2])?;
         while !self.done {
             let now = Instant::now();
-            self.keep_time(now)?;
+            self.keep_time(now);
             // Until nothing is left to say or the socket is full: then poll wakes us.
             while self.speak(now) {
                 if let Err(error) = self.link.flush() {
@@ -299,9 +295,10 @@ impl<'a> Session<'a> {
             .map(|beat| beat.next);
         let state = match &self.state {
             State::Waiting { .. } => None,
-            State::Running(running) if running.ended.is_some() => Some(self.give_up_at()),
+            State::Running(running) if running.ended.is_some() => None,
             State::Running(running) => running.stop.filter(|stop| !stop.killed).map(|stop| stop.kill_at),
-            State::Exited(_) => Some(self.give_up_at()),
+            // However long the blade is away: an exit report that nobody heard is an agent without a truthful end.
+            State::Exited(_) => None,
         };
         let channels = self.channels.deadline(now, self.link.has_room_for_channels());
         [self.link.deadline(), beat, state, channels, self.agents.deadline(now)]
@@ -311,33 +308,16 @@ impl<'a> Session<'a> {
             .map(|at| at.max(now))
     }
 
-    fn give_up_at(&self) -> Instant {
-        self.last_heard + Duration::from_secs(GIVE_UP_MINUTES * 60)
-    }
-
-    fn keep_time(&mut self, now: Instant) -> Result<(), Fatal> {
+    fn keep_time(&mut self, now: Instant) {
         self.channels.keep_time(now);
-        let has_ended = match &mut self.state {
-            State::Waiting { .. } => false,
-            State::Running(running) => {
-                if let Some(stop) = &mut running.stop
-                    && !stop.killed
-                    && stop.kill_at <= now
-                {
-                    stop.killed = true;
-                    kill_everything();
-                }
-                // Output may be left that no host takes.
-                running.ended.is_some()
-            }
-            State::Exited(_) => true,
-        };
-        if has_ended && self.give_up_at() <= now {
-            return Err(Fatal::NoHost {
-                minutes: GIVE_UP_MINUTES,
-            });
+        if let State::Running(running) = &mut self.state
+            && let Some(stop) = &mut running.stop
+            && !stop.killed
+            && stop.kill_at <= now
+        {
+            stop.killed = true;
+            kill_everything();
         }
-        Ok(())
     }
 
     fn collect_children(&mut self) -> Result<(), Fatal> {
@@ -360,7 +340,6 @@ impl<'a> Session<'a> {
             .map_err(Fatal::Signals)?;
         if let (Some(ended), State::Running(running)) = (found, &mut self.state) {
             running.ended = Some((ended, boot::wall_ns()));
-            self.last_heard = Instant::now();
             // Orphans may hold the pipes open for ever: the agent is its main process.
             kill_everything();
         }
@@ -421,7 +400,6 @@ impl<'a> Session<'a> {
     fn exit(&mut self, exit: Exit) {
         self.channels.farewell(&mut self.link);
         self.tell_no_stillness("the agent ended");
-        self.last_heard = Instant::now();
         self.state = State::Exited(Box::new(exit));
     }
 }

@@ -8,8 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Exists where a VM was started, whatever became of it.
-const BOOT_MARKER: &str = "booted";
+/// Lies in a VM's folder once far-vmm was about to boot it, whatever became of that.
+pub const BOOT_MARKER: &str = "booted";
 
 /// Why a folder cannot be used for a boot.
 #[derive(Debug, thiserror::Error)]

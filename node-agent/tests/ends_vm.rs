@@ -1,0 +1,101 @@
+//! Ends that only a blade sees, each provoked with a real microVM. Skipped by name where one cannot boot here.
+//! docs/truthful-ends.md lists all reasons and their tests.
+
+// A panic is a test's report.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Node, Victim, agent};
+use far_proto::node::{EndReason, Phase};
+use std::os::unix::fs::MetadataExt;
+
+/// Runs until told otherwise.
+const STEPS: &[&str] = &["out=up", "sleep=3600000"];
+
+#[tokio::test]
+async fn a_far_vmm_killed_while_far_node_was_away_is_a_crash_of_the_vmm() {
+    const TEST: &str = "a_far_vmm_killed_while_far_node_was_away_is_a_crash_of_the_vmm";
+    let Some(mut node) = Node::start(TEST).await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    let request = agent("alone", "payload", None, STEPS, 128);
+    node.client().ensure_agent(request).await.unwrap();
+    let state = node.until("alone", |state| state.phase() == Phase::Running).await;
+    node.kill();
+    node.kill_part(&state.vm_id, Victim::FarVmm).await;
+    node.restart().await;
+    let state = node.until("alone", |state| state.phase() == Phase::Ended).await;
+    let end = state.end.unwrap();
+    assert_eq!(
+        (end.reason(), end.exit_code, end.signal),
+        (EndReason::VmmCrashed, None, None),
+        "{}",
+        node.report()
+    );
+    node.until_nothing_is_left(&state.vm_id).await;
+}
+
+/// The blade's kernel draws a new boot id at each start; far-node reads this one in a mount namespace of its own.
+#[tokio::test]
+async fn a_blade_that_was_started_anew_says_so() {
+    const TEST: &str = "a_blade_that_was_started_anew_says_so";
+    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("SKIPPED {TEST}: root, for a mount namespace");
+        return;
+    }
+    let Some(mut node) = Node::start_booted_as(TEST, "11111111-1111-4111-8111-111111111111").await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    let request = agent("old", "payload", None, STEPS, 128);
+    node.client().ensure_agent(request).await.unwrap();
+    let state = node.until("old", |state| state.phase() == Phase::Running).await;
+    // As a power cut: every process at once, nobody writes anything down.
+    node.kill();
+    node.kill_part(&state.vm_id, Victim::FarVmm).await;
+    node.set_boot_id("22222222-2222-4222-8222-222222222222");
+    node.restart().await;
+    let state = node.until("old", |state| state.phase() == Phase::Ended).await;
+    let end = state.end.unwrap();
+    assert_eq!(
+        (end.reason(), end.exit_code, end.signal),
+        (EndReason::BladeRebooted, None, None),
+        "{}",
+        node.report()
+    );
+    node.until_nothing_is_left(&state.vm_id).await;
+}
+
+#[tokio::test]
+async fn a_name_that_moves_to_another_image_frees_the_first_and_a_broken_upload_leaves_nothing() {
+    const TEST: &str = "a_name_that_moves_to_another_image_frees_the_first_and_a_broken_upload_leaves_nothing";
+    let Some(mut node) = Node::start(TEST).await else {
+        return;
+    };
+    node.load_tiffany("moves").await;
+    assert_eq!(node.files_in("state/images/store/rootfs").len(), 1);
+    node.load_image_of("moves", b"another").await;
+    assert_eq!(
+        node.files_in("state/images/store/rootfs").len(),
+        1,
+        "the first image is gone"
+    );
+
+    let (parts, inbox) = tokio::sync::mpsc::channel(1);
+    let part = |data: &[u8]| far_proto::node::LoadImageRequest {
+        reference: "never".into(),
+        data: data.to_vec(),
+    };
+    parts.send(part(&[0; 1000])).await.unwrap();
+    let mut client = node.client().clone();
+    let call = tokio::spawn(async move {
+        client
+            .load_image(tokio_stream::wrappers::ReceiverStream::new(inbox))
+            .await
+    });
+    node.until_files("state/images/incoming", 1).await;
+    call.abort();
+    node.until_files("state/images/incoming", 0).await;
+}
