@@ -2,7 +2,7 @@
 # FAR_CACHE (default ~/.cache/far) holds what is fetched and built, CARGO_TARGET_DIR lies in it, PROFILE is release or dev.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest run down test test-unit bench bench-net lint clean
+.PHONY: help setup build guest run down test test-unit bench bench-guest bench-net lint clean
 
 help: ## This text
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-unit: ## Only the tests that need no microVM
 
 bench: ## Measure against plain QEMU (scripts/bench NAME for one of them)
 	@scripts/bench
+
+bench-guest: ## Measure PID 1 of the guest against the same over tonic, tini and dumb-init (root)
+	@scripts/bench guest
 
 bench-net: ## Measure the guests' network against ip, nft and CNI plugins (root)
 	@scripts/bench net

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod cpu;
+mod guest;
 mod hello;
 mod net;
 mod report;
@@ -33,11 +34,21 @@ enum Bench {
     Skeleton,
     /// A microVM's network, against commands and CNI plugins.
     Net,
+    /// PID 1 of the guest, against the same over tonic and against inits of packages.
+    Guest,
+    /// The other end of what `guest` compares with.
+    #[command(hide = true)]
+    GuestPeer {
+        #[arg(long)]
+        socket: PathBuf,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     match arguments.bench {
+        Bench::Guest => report::publish("guest", &arguments.out, &guest::rows(arguments.rounds)?),
+        Bench::GuestPeer { socket } => guest::peer::serve(&socket),
         Bench::Net => report::publish("net", &arguments.out, &net::rows(arguments.rounds)?),
         Bench::Skeleton => report::publish("skeleton", &arguments.out, &skeleton::rows(arguments.rounds)?),
     }

@@ -12,6 +12,28 @@ use serde::Serialize;
 pub(crate) enum Goal {
     /// The ratio ours / peer is at most this.
     RatioAtMost(f64),
+    /// The ratio ours / peer is at least this.
+    RatioAtLeast(f64),
+    /// Ours is at most this, whatever the peer's.
+    AtMost(f64),
+}
+
+impl Goal {
+    fn is_met(self, ours: f64, ratio: Option<f64>) -> Option<bool> {
+        match self {
+            Self::RatioAtMost(most) => ratio.map(|ratio| ratio <= most),
+            Self::RatioAtLeast(least) => ratio.map(|ratio| ratio >= least),
+            Self::AtMost(most) => Some(ours <= most),
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::RatioAtMost(most) => format!("ratio <= {most}"),
+            Self::RatioAtLeast(least) => format!("ratio >= {least}"),
+            Self::AtMost(most) => format!("<= {most}"),
+        }
+    }
 }
 
 /// One claim.
@@ -44,10 +66,7 @@ impl Row {
         let peers: Vec<f64> = rounds.iter().filter_map(|round| round.1).collect();
         let peer = (!peers.is_empty()).then(|| median(peers));
         let ratio = peer.filter(|&value| value > 0.0).map(|value| ours / value);
-        let met = match (goal, ratio) {
-            (Some(Goal::RatioAtMost(most)), Some(ratio)) => Some(ratio <= most),
-            _ => None,
-        };
+        let met = goal.and_then(|goal| goal.is_met(ours, ratio));
         Self {
             what: what.into(),
             unit: unit.into(),
@@ -55,7 +74,7 @@ impl Row {
             peer,
             peer_name: peer_name.map(Into::into),
             ratio,
-            goal: goal.map(|Goal::RatioAtMost(most)| format!("ratio <= {most}")),
+            goal: goal.map(Goal::text),
             met,
             rounds,
         }
@@ -157,5 +176,15 @@ mod tests {
         assert_eq!(Row::of("w", "s", rounds, Some("p"), None).met, None);
         let alone = Row::of("w", "s", vec![(1.0, None)], Some("p"), Some(Goal::RatioAtMost(1.0)));
         assert_eq!((alone.peer, alone.ratio, alone.met), (None, None, None));
+        let rounds = vec![(6.0, Some(2.0))];
+        for (goal, met) in [
+            (Goal::RatioAtLeast(3.0), true),
+            (Goal::RatioAtLeast(3.1), false),
+            (Goal::AtMost(6.0), true),
+            (Goal::AtMost(5.0), false),
+        ] {
+            let row = Row::of("w", "s", rounds.clone(), Some("p"), Some(goal));
+            assert_eq!(row.met, Some(met), "{goal:?}");
+        }
     }
 }
