@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use far_api::{Env, FarAgent, FileSource, KeyRef};
+use far_api::{Env, FarAgent, FileSource, KeyRef, Quantity};
+use far_core::quantity;
 use far_proto::node as wire;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::{Api, Client};
@@ -66,6 +67,24 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
             "spec.files: {bytes} bytes are more than the {MAX_FILES_BYTES} an agent may have"
         )));
     }
+    let mib = |field: String, limit: Option<&Quantity>| -> Result<u32, SpecError> {
+        let Some(limit) = limit else { return Ok(0) };
+        let mib = quantity::memory_mib(&limit.to_string())
+            .map_err(|error| SpecError::Invalid(format!("spec.{field}: {error}")))?;
+        small(&field, mib)
+    };
+    let scratch_mib = mib(
+        "scratch.sizeLimit".into(),
+        spec.scratch.as_ref().map(|scratch| &scratch.size_limit),
+    )?;
+    let mut folders = Vec::new();
+    for (index, volume) in spec.volumes.iter().flatten().enumerate() {
+        let field = format!("volumes[{index}].emptyDir.sizeLimit");
+        folders.push(wire::EmptyFolder {
+            path: volume.mount_path.clone(),
+            size_mib: mib(field, volume.empty_dir.size_limit.as_ref())?,
+        });
+    }
     Ok(wire::AgentSpec {
         image: spec.image.clone(),
         cpu_millis: small("cpu", request.cpu_millis)?,
@@ -77,6 +96,8 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         termination_grace_s: spec.termination_grace_period_seconds,
         active_deadline_s: spec.active_deadline_seconds.unwrap_or(0),
         working_dir: spec.working_dir.clone(),
+        scratch_mib,
+        folders,
         ..Default::default()
     })
 }

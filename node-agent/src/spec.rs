@@ -16,6 +16,8 @@ const MAX_FILES_BYTES: usize = 8 << 20;
 const MAX_FILES: usize = 1000;
 /// All file paths together, bytes: same reason.
 const MAX_PATH_BYTES: usize = 256 << 10;
+/// Most empty folders (control.proto).
+const MAX_FOLDERS: usize = 16;
 /// Longest path, bytes: PATH_MAX less its NUL.
 const MAX_PATH: usize = 4095;
 /// Longest grace period and such, seconds: one day.
@@ -46,6 +48,19 @@ pub struct Spec {
     pub working_dir: Option<String>,
     /// Boot, then wait until another attempt claims the VM.
     pub start_on_claim: bool,
+    /// Size limit of the writable layer, MiB; 0: half of the guest's memory.
+    pub scratch_mib: u32,
+    /// Empty folders of their own.
+    pub folders: Vec<Folder>,
+}
+
+/// An empty folder in the guest's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Folder {
+    /// Absolute and normalised.
+    pub path: String,
+    /// MiB; 0: half of the guest's memory.
+    pub size_mib: u32,
 }
 
 /// One environment variable.
@@ -113,6 +128,10 @@ pub struct SpecWithoutSecrets {
     working_dir: Option<String>,
     #[serde(default)]
     start_on_claim: bool,
+    #[serde(default)]
+    scratch_mib: u32,
+    #[serde(default)]
+    folders: Vec<Folder>,
 }
 
 impl Spec {
@@ -140,6 +159,8 @@ impl Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            scratch_mib: spec.scratch_mib,
+            folders: spec.folders,
         }
     }
 
@@ -162,6 +183,8 @@ impl Spec {
             grace_s: _,
             deadline_s: _,
             working_dir: _,
+            scratch_mib: _,
+            folders: _,
         } = self;
         let differs = |field: &str| invalid(field, "differs from that of the warm agent");
         if *start_on_claim {
@@ -206,6 +229,8 @@ impl From<SpecWithoutSecrets> for Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            scratch_mib: spec.scratch_mib,
+            folders: spec.folders,
         }
     }
 }
@@ -319,6 +344,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     }
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
+    check_folders(&spec)?;
     Ok(Spec {
         image: spec.image,
         cpu_millis: spec.cpu_millis,
@@ -348,7 +374,51 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         deadline_s: spec.active_deadline_s,
         working_dir: spec.working_dir,
         start_on_claim: spec.start_on_claim,
+        scratch_mib: spec.scratch_mib,
+        folders: spec
+            .folders
+            .into_iter()
+            .map(|folder| Folder {
+                path: folder.path,
+                size_mib: folder.size_mib,
+            })
+            .collect(),
     })
+}
+
+/// A limit above the guest's memory would be none.
+fn check_folders(spec: &wire::AgentSpec) -> Result<(), InvalidField> {
+    let sizes = std::iter::once(("spec.scratch.sizeLimit".to_owned(), spec.scratch_mib)).chain(
+        (0..)
+            .zip(&spec.folders)
+            .map(|(n, folder)| (format!("spec.volumes[{n}].emptyDir.sizeLimit"), folder.size_mib)),
+    );
+    for (field, mib) in sizes {
+        if mib > spec.memory_mib {
+            return invalid(
+                field,
+                format!("{mib} MiB are more than spec.memory, {} MiB", spec.memory_mib),
+            );
+        }
+    }
+    if spec.folders.len() > MAX_FOLDERS {
+        return invalid("spec.volumes", format!("{}, at most {MAX_FOLDERS}", spec.folders.len()));
+    }
+    let mut seen = BTreeSet::new();
+    for (n, folder) in spec.folders.iter().enumerate() {
+        let field = format!("spec.volumes[{n}].mountPath");
+        check_path(&field, &folder.path)?;
+        if folder.path[1..].split('/').any(|part| matches!(part, "" | "." | "..")) {
+            return invalid(field, "must be normalised: no empty, '.' or '..' parts");
+        }
+        if ["proc", "sys", "dev"].contains(&folder.path[1..].split('/').next().unwrap_or("")) {
+            return invalid(field, "must not lie in /proc, /sys or /dev");
+        }
+        if !seen.insert(folder.path.as_str()) {
+            return invalid(field, "is in the list twice");
+        }
+    }
+    Ok(())
 }
 
 fn check_image(image: &str) -> Result<(), InvalidField> {

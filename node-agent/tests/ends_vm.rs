@@ -69,6 +69,52 @@ async fn a_blade_that_was_started_anew_says_so() {
 }
 
 #[tokio::test]
+async fn folders_and_the_writable_layer_hold_what_their_limits_say() {
+    const TEST: &str = "folders_and_the_writable_layer_hold_what_their_limits_say";
+    let Some(mut node) = Node::start(TEST).await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    let steps = ["fill=/work/deep/a", "fill=/b", "stat=/work", "exit=0"];
+    let mut request = agent("room", "payload", None, &steps, 256);
+    let spec = request.spec.as_mut().unwrap();
+    spec.scratch_mib = 3;
+    spec.folders = [("/work/deep", 2), ("/work", 0)]
+        .map(|(path, size_mib)| far_proto::node::EmptyFolder {
+            path: path.into(),
+            size_mib,
+        })
+        .into();
+    // A file may lie in such a folder.
+    spec.files.push(far_proto::node::File {
+        path: "/work/task.txt".into(),
+        mode: 0o444,
+        data: b"task".to_vec(),
+        secret: false,
+    });
+    node.client().ensure_agent(request).await.unwrap();
+    let state = node.until("room", |state| state.phase() == Phase::Ended).await;
+    let output = node.output("room").await;
+    assert_eq!(
+        state.end.unwrap().reason(),
+        EndReason::Completed,
+        "{output}\n{}",
+        node.report()
+    );
+    let took = |path: &str| -> u64 {
+        let line = output
+            .lines()
+            .find_map(|line| line.strip_prefix(path)?.strip_prefix(" took "))
+            .unwrap();
+        line.trim_end_matches(" KiB").parse().unwrap()
+    };
+    assert_eq!(took("/work/deep/a"), 2048, "{output}");
+    // Folders and what far-init wrote take some of it.
+    assert!((2700..=3072).contains(&took("/b")), "{output}");
+    assert!(output.contains("/work mode=777 uid=0"), "{output}");
+}
+
+#[tokio::test]
 async fn a_name_that_moves_to_another_image_frees_the_first_and_a_broken_upload_leaves_nothing() {
     const TEST: &str = "a_name_that_moves_to_another_image_frees_the_first_and_a_broken_upload_leaves_nothing";
     let Some(mut node) = Node::start(TEST).await else {

@@ -29,6 +29,7 @@ mod place;
 mod plan;
 mod power;
 mod reap;
+mod room;
 mod rootfs;
 mod session;
 mod spawn;

@@ -2,7 +2,10 @@
 //!
 //! Errors name the field of the FarAgent that the user wrote, because they end up in its status.
 
-use crate::files::{self, FileSpec};
+use crate::{
+    files::{self, FileSpec},
+    room::{Room, RoomError},
+};
 use far_proto::guest::{Config, EnvVar, HostAlias, Nic, Rlimit};
 use nix::sys::resource::Resource;
 use std::{ffi::CString, net::IpAddr};
@@ -34,6 +37,7 @@ pub(crate) struct Plan {
     pub(crate) allow_new_privileges: bool,
     /// Lines of /etc/hosts beside the usual ones, ready to be written.
     pub(crate) more_hosts: String,
+    pub(crate) room: Room,
 }
 
 /// One resource limit.
@@ -73,7 +77,7 @@ pub(crate) struct Link {
 }
 
 /// What is wrong with a configuration.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
     #[error("{field}: must be an absolute path of 1 to {MAX_PATH} bytes without NUL")]
     Path { field: &'static str },
@@ -97,6 +101,8 @@ pub(crate) enum PlanError {
     Nic { field: &'static str },
     #[error(transparent)]
     Files(#[from] files::FilesError),
+    #[error(transparent)]
+    Room(#[from] RoomError),
 }
 
 impl Plan {
@@ -162,6 +168,7 @@ impl Plan {
             limits: limits(&config.rlimits)?,
             allow_new_privileges: config.allow_new_privileges,
             more_hosts: aliases(&config.host_aliases)?,
+            room: Room::check(config.scratch_mib, config.folders)?,
         })
     }
 

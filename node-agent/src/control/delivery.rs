@@ -190,6 +190,15 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
         wall_time_unix_ns: now.saturating_mul(1_000_000),
         entropy,
         termination_grace_s: spec.grace_s,
+        scratch_mib: spec.scratch_mib,
+        folders: spec
+            .folders
+            .iter()
+            .map(|folder| guest::EmptyFolder {
+                path: folder.path.clone(),
+                size_mib: folder.size_mib,
+            })
+            .collect(),
         nic: launch.nic.as_ref().map(|nic| guest::Nic {
             mac: nic.mac.to_vec(),
             addresses: vec![nic.address.clone()],

@@ -94,7 +94,8 @@ async fn a_guest_that_breaks_the_protocol_again_and_again_is_ended() {
     node.until_phase(Phase::Running).await;
     while !world.host.is_dead(&vm()) {
         let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::Running).await;
-        guest.log(7, "gap").await;
+        guest.log(7, "what a full disk lost, perhaps").await;
+        guest.log(9, "gap").await;
         while guest.receive().await.is_some() {}
     }
     let end = node.until_ended().await;

@@ -183,6 +183,14 @@ impl Node {
         self.client = connect(self.dir.path()).await;
     }
 
+    /// Resident memory of far-node, KiB.
+    #[allow(dead_code)]
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     #[allow(dead_code)]
     pub(crate) fn set_boot_id(&self, boot_id: &str) {
         fs::write(self.at("boot_id"), format!("{boot_id}\n")).unwrap();

@@ -204,24 +204,27 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
     anyhow::bail!("{what}: not within a minute")
 }
 
-/// Calls in a trace of strace(1) from the exec of `init` to the payload's, the init's and its first child's.
+/// Calls in a trace of strace(1) from the exec of `init` to the payload's: the init's and its first child's.
 fn calls_in(trace: &str, init: &str, skip: impl Fn(&[&str]) -> usize) -> Option<f64> {
-    let lines: Vec<(&str, &str)> = trace.lines().filter_map(|line| line.split_once(' ')).collect();
-    let start = lines
-        .iter()
-        .rposition(|(_, call)| call.trim_start().starts_with(&format!("execve(\"{init}\"")))?;
+    let lines: Vec<(u32, &str)> = trace
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(pid, call)| Some((pid.parse().ok()?, call.trim_start())))
+        .collect();
+    let begin = format!("execve(\"{init}\"");
+    let start = lines.iter().rposition(|(_, call)| call.starts_with(&begin))?;
     let own = lines[start].0;
+    // Process ids grow: the parent of the init has a smaller one.
+    let child = lines[start..].iter().map(|(pid, _)| *pid).find(|pid| *pid > own)?;
     let mut calls = Vec::new();
-    let mut child = None;
     for &(pid, call) in &lines[start + 1..] {
-        let call = call.trim_start();
-        let ours = pid == own || *child.get_or_insert(pid) == pid;
-        if !ours || call.starts_with("<...") || call.starts_with("+++") || call.starts_with("---") {
-            continue;
-        }
-        calls.push(call);
-        if pid != own && call.starts_with("execve(") {
-            return Some((calls.len() - skip(&calls)) as f64);
+        // The end of a call that was counted, a signal, an exit.
+        let is_call = !["<...", "---", "+++"].iter().any(|mark| call.starts_with(mark));
+        if is_call && (pid == own || pid == child) {
+            calls.push(call);
+            if pid == child && call.starts_with("execve(") {
+                return Some((calls.len() - skip(&calls)) as f64);
+            }
         }
     }
     None

@@ -61,3 +61,21 @@ fn an_agent_that_far_down_ends_is_evicted_and_stays_ended() {
     far.nothing_of_a_vm_is_left();
     far.stop();
 }
+
+#[test]
+fn an_agent_whose_blade_is_silent_is_lost_and_no_exit_code_is_claimed() {
+    const TEST: &str = "an_agent_whose_blade_is_silent_is_lost_and_no_exit_code_is_claimed";
+    let Some(far) = far_or_skip(TEST) else { return };
+    far.apply(&payload_agent("cut-off", &["out=up", "sleep=3600000"]));
+    let _ = far.wait_phase("cut-off", "Running");
+    // The microVM goes on; only nobody says so any more.
+    far.kill("far-node");
+    let agent = far.wait_agent("cut-off", "to be lost", |status| status["reason"] == "NodeLost");
+    assert!(no_exit_code(&agent), "{agent}");
+    assert!(agent["status"].get("signal").is_none_or(Value::is_null), "{agent}");
+    assert_ne!(agent["status"]["phase"], "Completed", "{agent}");
+    far.up_again();
+    let _ = far.far(&["delete", "faragent", "cut-off"]).ok();
+    far.nothing_of_a_vm_is_left();
+    far.stop();
+}

@@ -5,6 +5,7 @@
 //! outside test images.
 
 mod steps;
+mod vsock;
 
 use std::process::ExitCode;
 

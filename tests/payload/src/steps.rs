@@ -1,5 +1,6 @@
 //! The steps: a table of verbs. `unsafe` lives here only, for the calls that std does not offer.
 
+use crate::vsock;
 use std::{fs, io, io::Write, process, thread, time::Duration};
 
 /// Does one step.
@@ -61,6 +62,10 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         "sysrq" => fs::write("/proc/sysrq-trigger", value).map_err(text),
         "eat-memory" => eat_memory(),
         "kill-init" => kill_init(),
+        "vsock-flood" => vsock::flood(number(value)?),
+        "vsock-scan" => vsock::scan(number(value)?),
+        "vsock-nonsense" => vsock::nonsense(),
+        "fill" => fill(value),
         "stop-trace" => stop_trace(),
         _ => Err("unknown step".into()),
     }
@@ -297,4 +302,14 @@ fn stop_trace() -> Result<(), String> {
         return Err(io::Error::last_os_error().to_string());
     }
     fs::write("/sys/kernel/tracing/tracing_on", "0").map_err(text)
+}
+
+/// Writes until nothing more fits, and says how much did.
+fn fill(path: &str) -> Result<(), String> {
+    let mut file = fs::File::create(path).map_err(text)?;
+    let mut kib = 0;
+    while kib < 1 << 20 && file.write_all(&[7; 4096]).is_ok() {
+        kib += 4;
+    }
+    writeln!(io::stdout(), "{path} took {kib} KiB").map_err(text)
 }

@@ -273,6 +273,7 @@ impl Session<'_> {
         self.boot.done("network");
         let failed = |error: payload::StartError| (error.code(), with_sources(&error));
         let user = payload::identity(root, &plan.user).map_err(failed)?;
+        plan.room.make(self.place, root).map_err(|error| refused(&error))?;
         uploads.place(root, &user).map_err(|error| refused(&error))?;
         let started = payload::start(plan, root, self.cgroup.as_ref(), &user).map_err(failed)?;
         self.boot.done("spawn");

@@ -103,7 +103,7 @@ pub(crate) fn orphans(init: &Path, count: u64) -> Result<f64> {
     let steps = [
         format!("orphans={count}"),
         "await-no-zombies".into(),
-        format!("write={}", done.display()),
+        format!("write={}:x", done.display()),
         "sleep=3600000".into(),
     ];
     let running = Running::start(init, &steps)?;

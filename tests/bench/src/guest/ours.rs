@@ -53,7 +53,6 @@ impl Guest {
             fs::create_dir_all(folder.path().join(name))?;
         }
         fs::copy(program("far-payload")?, folder.path().join("image/bin/payload"))?;
-        // As in an initramfs, which is a tmpfs: not by whatever the disk's page cache keeps together.
         let listener = UnixListener::bind(folder.path().join("control.sock"))?;
         let unshare = command(&program("far-init")?, folder.path())
             .stdin(Stdio::null())
@@ -254,7 +253,6 @@ pub(crate) fn system_calls() -> Result<Option<f64>> {
     })?;
     let init = program("far-init")?.display().to_string();
     let text = fs::read_to_string(&trace)?;
-    drop(guest.folder.path());
     guest.end()?;
     let at = |calls: &[&str], name: &str| calls.iter().position(|call| call.starts_with(name)).unwrap_or(0);
     Ok(calls_in(&text, &init, |calls| {
