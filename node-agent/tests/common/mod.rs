@@ -1,4 +1,6 @@
 //! One far-node as a real process, in folders of its own.
+// Each test program compiles this file for itself and uses a part of it.
+#![allow(dead_code)]
 
 use far_node::client::{connect_inside_unix, connect_unix};
 use far_proto::node::{
@@ -98,7 +100,6 @@ impl Node {
     }
 
     /// On a blade whose kernel says this boot id, as [`Self::set_boot_id`] may change it for the next start.
-    #[allow(dead_code)]
     pub(crate) async fn start_booted_as(test: &str, boot_id: &str) -> Option<Self> {
         Self::start_on(test, &[], Some(boot_id)).await
     }
@@ -157,7 +158,6 @@ impl Node {
     }
 
     /// A client for what people do inside agents.
-    #[allow(dead_code)] // Each test program compiles this file for itself; only one of them goes inside.
     pub(crate) async fn inside(&self) -> InsideClient<Channel> {
         connect_inside_unix(&self.at("run/node.sock")).await.unwrap()
     }
@@ -184,25 +184,21 @@ impl Node {
     }
 
     /// Resident memory of far-node, KiB.
-    #[allow(dead_code)]
     pub(crate) fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    #[allow(dead_code)]
     pub(crate) fn set_boot_id(&self, boot_id: &str) {
         fs::write(self.at("boot_id"), format!("{boot_id}\n")).unwrap();
     }
 
-    #[allow(dead_code)]
     pub(crate) fn files_in(&self, folder: &str) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.at(folder)).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect()
     }
 
-    #[allow(dead_code)]
     pub(crate) async fn until_files(&self, folder: &str, count: usize) {
         let wait = async {
             while self.files_in(folder).len() != count {
@@ -215,7 +211,6 @@ impl Node {
     }
 
     /// An image of one file with this content, under `reference`.
-    #[allow(dead_code)]
     pub(crate) async fn load_image_of(&mut self, reference: &str, content: &[u8]) {
         let mut image = far_image::oci::Builder::new();
         image.file("/file", 0o755, 0, content.to_vec()).unwrap();
@@ -380,7 +375,6 @@ impl Node {
     }
 
     /// Sends the VMM a signal by name.
-    #[allow(dead_code)] // As inside().
     pub(crate) async fn signal_vmm(&self, vm_id: &str, signal: &str) {
         let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
         let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();

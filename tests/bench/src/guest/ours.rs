@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A running payload under far-init.
 pub(crate) struct Guest {
-    folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
     unshare: Child,
     stream: UnixStream,
     decoder: Decoder,
@@ -61,7 +61,7 @@ impl Guest {
         let (stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut guest = Self {
-            folder,
+            _folder: folder,
             unshare,
             stream,
             decoder: Decoder::new(),
