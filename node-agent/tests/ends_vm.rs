@@ -145,3 +145,43 @@ async fn a_name_that_moves_to_another_image_frees_the_first_and_a_broken_upload_
     call.abort();
     node.until_files("state/images/incoming", 0).await;
 }
+
+#[tokio::test]
+async fn the_state_stays_locked_until_the_last_blocking_work_is_done() {
+    const TEST: &str = "the_state_stays_locked_until_the_last_blocking_work_is_done";
+    let Some(mut node) = Node::start(TEST).await else {
+        return;
+    };
+    let mut content = vec![0; 24 << 20];
+    rand::RngCore::fill_bytes(&mut rand::rng(), &mut content);
+    let mut image = far_image::oci::Builder::new();
+    image.file("/file", 0o644, 0, content).unwrap();
+    let archive = image.build();
+    let size = archive.len() as u64;
+    let parts: Vec<_> = archive
+        .chunks(1 << 20)
+        .map(|data| far_proto::node::LoadImageRequest {
+            reference: "large".into(),
+            data: data.to_vec(),
+        })
+        .collect();
+    let mut client = node.client().clone();
+    let call = tokio::spawn(async move { client.load_image(tokio_stream::iter(parts)).await });
+    // All of it came: now it is unpacked, on a blocking thread.
+    while !node
+        .tree("state/images/incoming")
+        .iter()
+        .any(|(_, length)| *length == size)
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    while node.files_in("state/images/store/tmp").is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    node.terminate_twice();
+    let _lock = node.lock_state().await;
+    let seen = node.tree("state");
+    node.wait_for_the_end();
+    assert_eq!(node.tree("state"), seen, "it wrote without the lock");
+    let _ = call.await;
+}

@@ -3,7 +3,6 @@
 // A panic is a test's report.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
 mod common;
 
 use common::{Node, agent};

@@ -183,6 +183,47 @@ impl Node {
         self.client = connect(self.dir.path()).await;
     }
 
+    /// TERM and TERM again: far-node ends at once.
+    pub(crate) fn terminate_twice(&self) {
+        for _ in 0..2 {
+            let pid = self.process.id().to_string();
+            assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        }
+    }
+
+    /// Waits until nobody holds the state folder, and holds it.
+    pub(crate) async fn lock_state(&self) -> fs::File {
+        let file = fs::File::options().write(true).open(self.at("state/lock")).unwrap();
+        let wait = async {
+            while file.try_lock().is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, wait).await.unwrap();
+        file
+    }
+
+    pub(crate) fn wait_for_the_end(&mut self) {
+        self.process.wait().unwrap();
+    }
+
+    /// Every file below a folder, with its length.
+    pub(crate) fn tree(&self, folder: &str) -> Vec<(PathBuf, u64)> {
+        let mut folders = vec![self.at(folder)];
+        let mut files = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap().flatten() {
+                match entry.metadata() {
+                    Ok(metadata) if metadata.is_dir() => folders.push(entry.path()),
+                    Ok(metadata) => files.push((entry.path(), metadata.len())),
+                    Err(_) => {}
+                }
+            }
+        }
+        files.sort();
+        files
+    }
+
     /// Resident memory of far-node, KiB.
     pub(crate) fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
