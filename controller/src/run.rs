@@ -262,6 +262,7 @@ fn work(
 ) -> Result<()> {
     let world = Arc::new(World::new(
         config.seed.unwrap_or_else(rand::random),
+        config.packing,
         config.node_lost_after,
         config.fence_after,
     ));
