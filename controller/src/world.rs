@@ -4,7 +4,7 @@
 //! All of it is derived: from the watches, from the blades' event streams, and from the answers to our own writes.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -12,8 +12,8 @@ use std::{
 use far_api::{FarAgent, FarNode};
 use far_core::{
     lifecycle::BladeView,
-    placement::{Blade, Placer, Request, Unschedulable},
-    status::{Report, Status},
+    placement::{Blade, Packing, Request, Scheduler, Unschedulable},
+    status::{Condition, ConditionKind, EndReason, Report, Status},
 };
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
@@ -21,8 +21,13 @@ use tonic::transport::Channel;
 
 use crate::{convert, dirty::Dirty};
 
-/// A blade that refused an agent is not asked again for this long.
-const REFUSAL: Duration = Duration::from_secs(10);
+/// Ends that speak against the blade rather than the agent.
+const BLADES_FAULTS: [EndReason; 4] = [
+    EndReason::BootTimeout,
+    EndReason::VmmCrashed,
+    EndReason::NetworkError,
+    EndReason::InitLost,
+];
 /// A blade that is not connected for less than this is expected back any moment: as long as a connection may take.
 const SETTLING: Duration = Duration::from_secs(10);
 /// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
@@ -39,8 +44,6 @@ struct Agent {
     written: Option<Arc<FarAgent>>,
     /// When the status was last written.
     wrote_at: Option<Instant>,
-    /// Blades that refused it.
-    refused: HashMap<String, Instant>,
 }
 
 /// A blade as the index keeps it.
@@ -71,10 +74,9 @@ impl Node {
 
 #[derive(Debug)]
 struct Inner {
-    placer: Placer,
+    scheduler: Scheduler,
     agents: HashMap<String, Agent>,
     on_blade: HashMap<String, HashSet<String>>,
-    pending: HashSet<String>,
     nodes: HashMap<String, Node>,
     /// Blades that are named but not there, since when.
     missing: HashMap<String, Instant>,
@@ -94,12 +96,11 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, lost_after: Duration, fence_after: Duration) -> Self {
+    pub(crate) fn new(seed: u64, packing: Packing, lost_after: Duration, fence_after: Duration) -> Self {
         let inner = Inner {
-            placer: Placer::new(seed),
+            scheduler: Scheduler::new(seed, packing),
             agents: HashMap::new(),
             on_blade: HashMap::new(),
-            pending: HashSet::new(),
             nodes: HashMap::new(),
             missing: HashMap::new(),
             reports: HashMap::new(),
@@ -131,7 +132,6 @@ impl World {
             attempt: 0,
             written: None,
             wrote_at: None,
-            refused: HashMap::new(),
         });
         if ours {
             entry.written = Some(Arc::new(agent.clone()));
@@ -151,13 +151,27 @@ impl World {
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
         }
-        let Some(node) = &status.node else { return };
+        let Some(node) = &status.node else {
+            // Its attempt is over, or it asks for no blade any more: neither holds room nor stands in line. (A blade that
+            // is chosen and not written yet is no change from one blade to none.)
+            let is_wanted = agent.metadata.deletion_timestamp.is_none() && agent.spec.suspend != Some(true);
+            if before.is_some() || !is_wanted {
+                self.release_locked(&mut inner, &uid);
+            }
+            return;
+        };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
-        inner.pending.remove(&uid);
         if status.is_final() {
-            self.release_locked(&mut inner, &uid);
+            let is_news = self.release_locked(&mut inner, &uid);
+            if is_news && is_fault_of_blade(&status) {
+                inner.scheduler.note_failure(node, self.now());
+            }
         } else if let Ok(request) = convert::request(agent) {
-            inner.placer.reserve(&uid, node, &request);
+            inner.scheduler.reserve(&uid, node, &request, self.now());
+            if is_up(&status) {
+                inner.scheduler.confirm(&uid, self.now());
+            }
+            self.tell_woken(&mut inner);
         }
     }
 
@@ -170,8 +184,8 @@ impl World {
                 reports.remove(uid);
             }
         }
-        inner.pending.remove(uid);
-        self.release_locked(&mut inner, uid);
+        inner.scheduler.forget(uid, self.now());
+        self.tell_woken(&mut inner);
     }
 
     /// After a complete list: whatever is not in it is gone.
@@ -201,20 +215,24 @@ impl World {
 
     // Placement.
 
-    /// Chooses a blade and holds its room until the choice is written or given back.
-    pub(crate) fn place(&self, uid: &str, mut request: Request) -> Result<String, Unschedulable> {
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Chooses a blade and holds its room until the choice is written or given back. Where there is none the agent waits
+    /// in line, and is looked at again when it has a blade.
+    pub(crate) fn place(&self, uid: &str, request: &Request) -> Result<String, Unschedulable> {
         let mut inner = self.lock();
-        if let Some(agent) = inner.agents.get_mut(uid) {
-            agent.refused.retain(|_, at| at.elapsed() < REFUSAL);
-            request.avoid = agent.refused.keys().cloned().collect::<BTreeSet<_>>();
-        }
-        let placed = inner.placer.place(uid, &request, self.begun.elapsed());
-        if placed.is_err() {
-            inner.pending.insert(uid.to_owned());
-        } else {
-            inner.pending.remove(uid);
-        }
+        let placed = inner.scheduler.place(uid, request, self.now());
+        self.tell_woken(&mut inner);
         placed
+    }
+
+    /// Time passed: backoffs and refusals end.
+    pub(crate) fn tick(&self) {
+        let mut inner = self.lock();
+        inner.scheduler.tick(self.now());
+        self.tell_woken(&mut inner);
     }
 
     /// A blade that only has to be connected to may take an agent in a moment: then nothing is said about it yet.
@@ -230,25 +248,24 @@ impl World {
     /// was not written is tried again in a moment, and waking others at every try would spin as fast as the API fails.
     pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
         let mut inner = self.lock();
-        let Some(blade) = refused_by else {
-            inner.placer.release(uid);
-            return;
-        };
-        if let Some(agent) = inner.agents.get_mut(uid) {
-            agent.refused.insert(blade.to_owned(), Instant::now());
+        match refused_by {
+            Some(blade) => inner.scheduler.refused(uid, blade, self.now()),
+            None => inner.scheduler.unwritten(uid),
         }
-        self.release_locked(&mut inner, uid);
+        self.tell_woken(&mut inner);
     }
 
-    fn release_locked(&self, inner: &mut Inner, uid: &str) {
-        if inner.placer.release(uid) {
-            self.wake_pending(inner);
-        }
+    /// The agent holds no room any more, and stands in no line; true when it held any.
+    fn release_locked(&self, inner: &mut Inner, uid: &str) -> bool {
+        let held = inner.scheduler.release(uid, self.now());
+        self.tell_woken(inner);
+        held
     }
 
-    fn wake_pending(&self, inner: &Inner) {
-        for uid in &inner.pending {
-            if let Some(agent) = inner.agents.get(uid) {
+    /// Agents that were placed while others asked, or should ask again.
+    fn tell_woken(&self, inner: &mut Inner) {
+        for uid in inner.scheduler.take_woken() {
+            if let Some(agent) = inner.agents.get(&uid) {
                 self.dirty.mark(agent.reference.clone());
             }
         }
@@ -293,9 +310,8 @@ impl World {
             cordoned: node.revoked || node.blade.cordoned,
             ..node.blade.clone()
         };
-        if inner.placer.upsert_blade(name, blade) {
-            self.wake_pending(inner);
-        }
+        inner.scheduler.upsert_blade(name, blade, self.now());
+        self.tell_woken(inner);
     }
 
     /// The blade is gone from the API.
@@ -303,10 +319,10 @@ impl World {
         let mut inner = self.lock();
         inner.nodes.remove(name);
         inner.reports.remove(name);
-        inner.placer.remove_blade(name);
+        inner.scheduler.remove_blade(name, self.now());
         inner.missing.insert(name.to_owned(), Instant::now());
         self.wake_blade(&inner, name);
-        self.wake_pending(&inner);
+        self.tell_woken(&mut inner);
     }
 
     fn wake_blade(&self, inner: &Inner, name: &str) {
@@ -455,6 +471,17 @@ impl Inner {
             reports.insert(uid.to_owned(), report);
         }
     }
+}
+
+/// Whether the microVM is no longer on its way up.
+fn is_up(status: &Status) -> bool {
+    let is_booted = |one: &Condition| one.kind == ConditionKind::Booted && one.holds;
+    status.conditions.iter().any(is_booted)
+}
+
+fn is_fault_of_blade(status: &Status) -> bool {
+    let reason = status.reason.as_deref();
+    BLADES_FAULTS.iter().any(|fault| reason == Some(fault.as_str()))
 }
 
 /// resourceVersion as the number it is in every API server; 0 where it is none.

@@ -17,6 +17,7 @@ mod documents;
 mod down;
 mod exec;
 mod exit;
+mod explain;
 mod folders;
 mod forward;
 mod get;
@@ -66,6 +67,7 @@ pub fn far() -> ExitCode {
             Command::Apply(args) => apply::apply(&cluster, &args).await,
             Command::Get(args) => get::get(&cluster, &args).await,
             Command::Describe(args) => describe::describe(&cluster, &args).await,
+            Command::Explain(args) => explain::explain(&cluster, &args).await,
             Command::Delete(args) => delete::delete(&cluster, &args).await,
             Command::Wait(args) => wait::wait(&cluster, &args).await,
             Command::Logs(args) => logs::logs(&cluster, &folders, &args).await,
@@ -97,6 +99,7 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Cp(args) => cp::cp(&cluster, &folders, &args).await,
             PluginCommand::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             PluginCommand::Top(args) => top::top(&cluster, &folders, &args).await,
+            PluginCommand::Explain(args) => explain::explain(&cluster, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

@@ -31,7 +31,7 @@ fn node(name: &str) -> FarNode {
 }
 
 fn place(world: &World, agent: &FarAgent) -> Result<String, Unschedulable> {
-    world.place(&agent.uid().unwrap(), convert::request(agent).unwrap())
+    world.place(&agent.uid().unwrap(), &convert::request(agent).unwrap())
 }
 
 /// Names of the agents that are to be looked at again.
@@ -46,7 +46,7 @@ fn marked(world: &World) -> Vec<String> {
 
 #[test]
 fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
     world.observe(&one, false);
     world.observe(&other, false);
@@ -68,6 +68,67 @@ fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent
 }
 
 #[test]
+fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_only_it() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
+    let holder = agent("holder", Value::Null);
+    world.observe(&holder, false);
+    assert_eq!(place(&world, &holder).unwrap(), "b1");
+    for (name, priority) in [("first", 0), ("high", 5), ("last", 0)] {
+        let mut waiting = agent(name, Value::Null);
+        waiting.spec.priority = Some(priority);
+        world.observe(&waiting, false);
+        assert!(place(&world, &waiting).is_err());
+    }
+    marked(&world);
+    // Its end is written: the room is the next one's before anybody asks.
+    world.observe(
+        &agent(
+            "holder",
+            json!({"nodeName": "b1", "phase": "Failed", "conditions": [failed()]}),
+        ),
+        false,
+    );
+    assert_eq!(marked(&world), ["high"]);
+    let late = agent("late", Value::Null);
+    world.observe(&late, false);
+    assert!(place(&world, &late).is_err(), "who comes now stands behind");
+    world.forget("high");
+    assert_eq!(marked(&world), ["first"]);
+}
+
+#[test]
+fn who_is_suspended_or_deleted_leaves_the_line_and_its_room() {
+    for change in [json!({"suspend": true}), json!({"deleted": true})] {
+        let world = World::new(1, Packing::Spread, LONG, LONG);
+        world.observe_node(&node("b1"));
+        world.synced("b1", &HashSet::new());
+        let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
+        for agent in [&one, &other] {
+            world.observe(agent, false);
+        }
+        assert_eq!(place(&world, &one).unwrap(), "b1");
+        assert!(place(&world, &other).is_err());
+        let mut changed = one.clone();
+        if change["suspend"] == json!(true) {
+            changed.spec.suspend = Some(true);
+        } else {
+            changed.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        }
+        marked(&world);
+        world.observe(&changed, false);
+        assert_eq!(marked(&world), ["other"], "{change}");
+    }
+}
+
+fn failed() -> Value {
+    json!({
+        "type": "Failed", "status": "True", "reason": "Error", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
+    })
+}
+
+#[test]
 fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced() {
     let on_b1 = Status {
         node: Some("b1".into()),
@@ -78,7 +139,7 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
         (Duration::ZERO, LONG, BladeView::Lost),
         (Duration::ZERO, Duration::ZERO, BladeView::Fenced),
     ] {
-        let world = World::new(1, lost_after, fence_after);
+        let world = World::new(1, Packing::Spread, lost_after, fence_after);
         world.observe_node(&node("b1"));
         assert_eq!(world.view("one", &on_b1).0, expected, "never reached");
         world.synced("b1", &HashSet::new());
@@ -91,7 +152,7 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
 
 #[test]
 fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let one = agent("one", Value::Null);
     world.observe(&one, false);
     world.observe_node(&node("b1"));
@@ -108,7 +169,7 @@ fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() 
 
 #[test]
 fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_there() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let on = |node: Value, attempt: u32| agent("one", json!({"nodeName": node, "attempt": attempt}));
     assert!(world.is_orphan("b1", "one", 1), "no such agent");
     world.observe(&on(json!("b1"), 1), false);
