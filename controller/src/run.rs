@@ -9,19 +9,21 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::{net::TcpListener, task::JoinSet, time::MissedTickBehavior};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 
 use crate::{
     Config, agents,
     blades::BladeApi,
     ca::Ca,
+    door,
     events::Events,
-    files, install,
+    files, gateway, install,
     leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
+    metrics::Metrics,
     nodes::Nodes,
+    pages::{Pages, Told, Works},
     reconcile::Context,
     registry::Registry,
     shared::Shared,
@@ -34,6 +36,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// Between two looks whether somebody who waits for a blade has waited long enough to be tried again.
 const PLACEMENT_TICK: Duration = Duration::from_secs(1);
+/// Connections of blades, which have a certificate; one blade uses one.
+const MAX_BLADE_CONNECTIONS: usize = 20_000;
 
 /// Between two looks whether the join token in the file still works.
 const TOKEN_LOOK: Duration = Duration::from_secs(2);
@@ -43,6 +47,12 @@ const TOKEN_LOOK: Duration = Duration::from_secs(2);
 pub struct Running {
     /// Where blades reach it.
     pub address: SocketAddr,
+    /// Where users reach its gateway.
+    pub gateway: Option<SocketAddr>,
+    /// Where its metrics are.
+    pub metrics: Option<SocketAddr>,
+    /// Where its health is told.
+    pub health: Option<SocketAddr>,
     /// Its leader epoch.
     pub epoch: u64,
     shutdown: CancellationToken,
@@ -50,6 +60,7 @@ pub struct Running {
     elector: AbortOnDropHandle<()>,
     tasks: JoinSet<Result<()>>,
     token: Option<Keeper>,
+    _pages: Pages,
     _holder: Holder,
 }
 
@@ -66,6 +77,8 @@ struct Keeper {
 /// What cannot be read, written, reached or bound.
 pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running> {
     let holder = Holder::claim(&config.state_dir)?;
+    let told = Told::default();
+    let pages = Pages::start(&config, &told).await?;
     let client = connect(&config).await?;
     if config.install_crds {
         install::namespaces(&client).await?;
@@ -78,6 +91,7 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     };
     holder.keep_epoch(lead.epoch)?;
     tracing::info!(epoch = lead.epoch, "this controller leads");
+    told.metrics.leads(lead.epoch);
     let elector = {
         let (lead, shutdown) = (lead.clone(), shutdown.clone());
         AbortOnDropHandle::new(tokio::spawn(async move { elector.keep(&lead, shutdown).await }))
@@ -100,9 +114,21 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         });
     }
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
-    let address = serve(&config, &ca, &registry, &lead, &stop, &mut tasks).await?;
+    let address = serve(&config, &ca, &registry, &told.metrics, &lead, &stop, &mut tasks).await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
-    work(&config, client, &ca, &registry, &doubts, &lead, &stop, &mut tasks)?;
+    let works = work(
+        &config,
+        client.clone(),
+        &ca,
+        &registry,
+        &doubts,
+        &lead,
+        &stop,
+        &mut tasks,
+    )?;
+    let world = works.world.clone();
+    let gateway = gateway::start(&config, client, &ca, world, told.metrics.clone(), &stop, &mut tasks).await?;
+    told.works(works);
     let token = match config.issue_join_token_file.clone() {
         Some(path) => {
             let keeper = Keeper {
@@ -135,12 +161,16 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     tracing::info!(%address, "the blade API serves");
     Ok(Running {
         address,
+        gateway,
+        metrics: pages.metrics,
+        health: pages.health,
         epoch: lead.epoch,
         shutdown: stop,
         lost: lead.lost,
         elector,
         tasks,
         token,
+        _pages: pages,
         _holder: holder,
     })
 }
@@ -200,6 +230,7 @@ async fn serve(
     config: &Config,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    metrics: &Metrics,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
@@ -209,33 +240,30 @@ async fn serve(
         .await
         .with_context(|| format!("binding --listen {}", config.listen))?;
     let address = listener.local_addr().context("reading the bound address")?;
-    let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(own.certificate_pem, own.key_pem))
-        .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
-        .client_auth_optional(true);
+    let tls = door::tls(&own, Some(ca.certificate_pem())).context("preparing the blade API's TLS")?;
+    let (accepting, visitors) = door::open(listener, tls, MAX_BLADE_CONNECTIONS);
     let api = BladeApi {
         ca: ca.clone(),
         tokens: Tokens::new(&config.state_dir),
+        signing: std::sync::Mutex::default(),
         revocations: Revocations::new(&config.state_dir),
         registry: registry.clone(),
+        metrics: metrics.clone(),
         certificate_life: config.certificate_life,
         heartbeat_ms: config.heartbeat_ms,
         epoch: lead.epoch,
     };
     let mut server = Server::builder()
-        .tls_config(tls)
-        .context("preparing the blade API's TLS")?
         .concurrency_limit_per_connection(16)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .timeout(Duration::from_secs(30));
     let router = server.add_service(BladesServer::new(api).max_decoding_message_size(1024 * 1024));
     let stopped = stop.clone().cancelled_owned();
     tasks.spawn(async move {
-        let incoming = TcpListenerStream::new(listener);
-        router
-            .serve_with_incoming_shutdown(incoming, stopped)
-            .await
-            .context("serving the blade API")
+        tokio::select! {
+            served = router.serve_with_incoming_shutdown(visitors, stopped) => served.context("serving the blade API"),
+            never = accepting => match never {},
+        }
     });
     Ok(address)
 }
@@ -250,7 +278,7 @@ fn work(
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
-) -> Result<()> {
+) -> Result<Works> {
     let world = Arc::new(World::new(
         config.seed.unwrap_or_else(rand::random),
         config.packing,
@@ -309,14 +337,20 @@ fn work(
         deposed: lead.lost.clone(),
         doubts: doubts.clone(),
         agents_known: agents_known.clone(),
-        nodes_known,
+        nodes_known: nodes_known.clone(),
     });
+    let works = Works {
+        world: world.clone(),
+        agents_known: agents_known.clone(),
+        nodes_known,
+        stop: stop.clone(),
+    };
     let (concurrency, stopped) = (config.concurrency, stop.clone());
     tasks.spawn(async move {
         agents::run(client, world, context, agents_known, concurrency, stopped).await;
         Ok(())
     });
-    Ok(())
+    Ok(works)
 }
 
 fn issue(keeper: &Keeper, path: &std::path::Path) -> Result<()> {

@@ -20,6 +20,7 @@ mod exit;
 mod explain;
 mod folders;
 mod forward;
+mod gateway;
 mod get;
 mod image;
 mod inside;
@@ -33,6 +34,7 @@ mod run;
 mod status;
 mod table;
 mod terminal;
+mod token;
 mod top;
 mod tree;
 mod up;
@@ -76,6 +78,7 @@ pub fn far() -> ExitCode {
             Command::Cp(args) => cp::cp(&cluster, &folders, &args).await,
             Command::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             Command::Top(args) => top::top(&cluster, &folders, &args).await,
+            Command::Token(args) => token::token(&cluster, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
