@@ -3,6 +3,8 @@
 //! Invariant: no secret is written outside memory. Values that came from a Secret sit in `Option`s that
 //! [`Spec::without_secrets`] empties, and only its result can be serialised.
 
+mod network;
+
 use crate::names::AttemptKey;
 use far_proto::node as wire;
 use serde::{Deserialize, Serialize};
@@ -46,6 +48,8 @@ pub struct Spec {
     pub working_dir: Option<String>,
     /// Boot, then wait until another attempt claims the VM.
     pub start_on_claim: bool,
+    /// What it may reach.
+    pub network: far_net::Policy,
 }
 
 /// One environment variable.
@@ -113,6 +117,9 @@ pub struct SpecWithoutSecrets {
     working_dir: Option<String>,
     #[serde(default)]
     start_on_claim: bool,
+    /// Absent in a ledger of a far-node that knew none: nothing.
+    #[serde(default)]
+    network: far_net::Policy,
 }
 
 impl Spec {
@@ -140,6 +147,7 @@ impl Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
         }
     }
 
@@ -206,6 +214,7 @@ impl From<SpecWithoutSecrets> for Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
         }
     }
 }
@@ -319,6 +328,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     }
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
+    let network = network::check(spec.network)?;
     Ok(Spec {
         image: spec.image,
         cpu_millis: spec.cpu_millis,
@@ -348,6 +358,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         deadline_s: spec.active_deadline_s,
         working_dir: spec.working_dir,
         start_on_claim: spec.start_on_claim,
+        network,
     })
 }
 
