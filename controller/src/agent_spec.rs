@@ -1,6 +1,8 @@
 //! `FarAgent.spec` becomes the node API's `AgentSpec`, with Secrets and ConfigMaps resolved. What is missing is named by
 //! field and object. Values of Secrets are marked; neither they nor the result is ever formatted.
 
+mod network;
+
 use std::collections::{BTreeMap, HashMap};
 
 use far_api::{Env, FarAgent, FileSource, KeyRef};
@@ -77,6 +79,7 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         termination_grace_s: spec.termination_grace_period_seconds,
         active_deadline_s: spec.active_deadline_seconds.unwrap_or(0),
         working_dir: spec.working_dir.clone(),
+        network: network::convert(spec.network.as_ref())?,
         ..Default::default()
     })
 }
