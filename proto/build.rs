@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("CARGO_FEATURE_GRPC").is_some() {
         let files = [
             "far/node/v1/node.proto",
+            "far/node/v1/network.proto",
             "far/controller/v1/blades.proto",
             "far/gateway/v1/gateway.proto",
         ];

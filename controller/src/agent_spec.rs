@@ -1,6 +1,8 @@
 //! `FarAgent.spec` becomes the node API's `AgentSpec`, with Secrets and ConfigMaps resolved. What is missing is named by
 //! field and object. Values of Secrets are marked; neither they nor the result is ever formatted.
 
+mod network;
+
 use std::collections::{BTreeMap, HashMap};
 
 use far_api::{Env, FarAgent, FileSource, KeyRef, Quantity};
@@ -98,6 +100,7 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         working_dir: spec.working_dir.clone(),
         scratch_mib,
         folders,
+        network: network::convert(spec.network.as_ref())?,
         ..Default::default()
     })
 }

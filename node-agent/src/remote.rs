@@ -139,7 +139,8 @@ async fn serve(
         .initial_connection_window_size(CALL_WINDOW * MAX_CALLS)
         .max_concurrent_streams(MAX_CALLS)
         .add_service(api.clone().into_server())
-        .add_service(api.into_inside_server())
+        .add_service(api.clone().into_inside_server())
+        .add_service(api.into_network_server())
         .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());
     tokio::select! {
         served = server => served.context("serving the node API"),

@@ -3,6 +3,8 @@
 //! Invariant: no secret is written outside memory. Values that came from a Secret sit in `Option`s that
 //! [`Spec::without_secrets`] empties, and only its result can be serialised.
 
+mod network;
+
 use crate::names::AttemptKey;
 use far_proto::node as wire;
 use serde::{Deserialize, Serialize};
@@ -61,6 +63,8 @@ pub struct Folder {
     pub path: String,
     /// MiB; 0: half of the guest's memory.
     pub size_mib: u32,
+    /// What it may reach.
+    pub network: far_net::Policy,
 }
 
 /// One environment variable.
@@ -132,6 +136,9 @@ pub struct SpecWithoutSecrets {
     scratch_mib: u32,
     #[serde(default)]
     folders: Vec<Folder>,
+    /// Absent in a ledger of a far-node that knew none: nothing.
+    #[serde(default)]
+    network: far_net::Policy,
 }
 
 impl Spec {
@@ -161,6 +168,7 @@ impl Spec {
             start_on_claim: spec.start_on_claim,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
+            network: spec.network,
         }
     }
 
@@ -175,6 +183,7 @@ impl Spec {
             cpu_millis,
             memory_mib,
             start_on_claim,
+            network,
             // These reach the guest at the claim.
             entrypoint: _,
             args: _,
@@ -198,6 +207,9 @@ impl Spec {
         }
         if *memory_mib != warm.memory_mib {
             return differs("spec.memory");
+        }
+        if *network != warm.network {
+            return differs("spec.network");
         }
         Ok(())
     }
@@ -231,6 +243,7 @@ impl From<SpecWithoutSecrets> for Spec {
             start_on_claim: spec.start_on_claim,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
+            network: spec.network,
         }
     }
 }
@@ -345,6 +358,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
     check_folders(&spec)?;
+    let network = network::check(spec.network)?;
     Ok(Spec {
         image: spec.image,
         cpu_millis: spec.cpu_millis,
@@ -383,6 +397,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
                 size_mib: folder.size_mib,
             })
             .collect(),
+        network,
     })
 }
 
@@ -626,7 +641,7 @@ pub(crate) mod tests {
             ..check_spec(Some(wire_spec())).unwrap()
         };
         type Edit = fn(&mut wire::AgentSpec);
-        let cases: [(&str, Edit, Option<&str>); 6] = [
+        let cases: [(&str, Edit, Option<&str>); 7] = [
             ("the same", |_| {}, None),
             (
                 "what comes at the claim",
@@ -636,6 +651,16 @@ pub(crate) mod tests {
             ("image", |s| s.image = "other:1".into(), Some("spec.image")),
             ("cpu", |s| s.cpu_millis += 1, Some("spec.cpu")),
             ("memory", |s| s.memory_mib += 1, Some("spec.memory")),
+            (
+                "network",
+                |s| {
+                    s.network = Some(wire::NetworkSpec {
+                        mode: wire::NetworkMode::None.into(),
+                        egress: vec![],
+                    });
+                },
+                Some("spec.network"),
+            ),
             ("waits itself", |s| s.start_on_claim = true, Some("spec.startPolicy")),
         ];
         for (why, edit, field) in cases {

@@ -92,6 +92,9 @@ pub(crate) enum Command {
     /// Print a token of a service account
     #[command(after_help = crate::token::EXAMPLES)]
     Token(crate::token::TokenArgs),
+    /// Show what agents may reach, and why a packet passes or not
+    #[command(subcommand)]
+    Net(crate::net::NetCommand),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -129,6 +132,9 @@ pub(crate) enum PluginCommand {
     /// Show what the placer would decide about an agent now, and why: every blade, filter and score
     #[command(after_help = crate::explain::EXAMPLES)]
     Explain(crate::explain::ExplainArgs),
+    /// Show what agents may reach, and why a packet passes or not
+    #[command(subcommand)]
+    Net(crate::net::NetCommand),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade
@@ -426,7 +432,10 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Far::command(), "far", &mut script);
             let script = String::from_utf8(script).unwrap();
-            assert!(script.contains("doctor") && script.contains("apply"), "{shell}");
+            assert!(
+                script.contains("doctor") && script.contains("apply") && script.contains("explain"),
+                "{shell}"
+            );
         }
     }
 
@@ -476,6 +485,13 @@ mod tests {
             ("bad time", "far wait a --timeout soon", "--timeout"),
             ("nothing to delete", "far delete", "KIND NAME"),
             ("unknown format", "far get -o xml", "--output"),
+            ("no destination", "far net explain a", "DESTINATION"),
+            ("no port", "far net explain a 10.0.0.1:x", "is no port"),
+            (
+                "unknown protocol",
+                "far net explain a 10.0.0.1 --protocol gre",
+                "--protocol",
+            ),
         ] {
             let error = Far::try_parse_from(line.split(' ')).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{why}");

@@ -26,6 +26,7 @@ mod image;
 mod inside;
 mod kinds;
 mod logs;
+mod net;
 mod node;
 mod os;
 mod output;
@@ -68,8 +69,8 @@ pub fn far() -> ExitCode {
             }
             Command::Apply(args) => apply::apply(&cluster, &args).await,
             Command::Get(args) => get::get(&cluster, &args).await,
-            Command::Describe(args) => describe::describe(&cluster, &args).await,
             Command::Explain(args) => explain::explain(&cluster, &args).await,
+            Command::Describe(args) => describe::describe(&cluster, &folders, &args).await,
             Command::Delete(args) => delete::delete(&cluster, &args).await,
             Command::Wait(args) => wait::wait(&cluster, &args).await,
             Command::Logs(args) => logs::logs(&cluster, &folders, &args).await,
@@ -79,6 +80,7 @@ pub fn far() -> ExitCode {
             Command::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             Command::Top(args) => top::top(&cluster, &folders, &args).await,
             Command::Token(args) => token::token(&cluster, &args).await,
+            Command::Net(command) => net::net(&cluster, &folders, &command).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
@@ -103,6 +105,7 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             PluginCommand::Top(args) => top::top(&cluster, &folders, &args).await,
             PluginCommand::Explain(args) => explain::explain(&cluster, &args).await,
+            PluginCommand::Net(command) => net::net(&cluster, &folders, &command).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

@@ -21,6 +21,7 @@ use std::{
 const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 /// Whether IPv4 packets pass from one interface to another. Looked up in the namespace of the thread that opens it.
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+const IPV6_FORWARD: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 
 /// Why a namespace or tap could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -46,39 +47,12 @@ pub enum NetError {
         /// Why.
         source: io::Error,
     },
-    /// A tap could not be removed.
-    #[error("deleting tap {tap}: is its VM still running?")]
-    Delete {
-        /// The tap.
-        tap: TapName,
-        /// Why.
-        source: io::Error,
-    },
 }
 
 /// A network namespace without uplink.
 #[derive(Debug)]
 pub struct GuestNetns {
     file: File,
-}
-
-/// How often a tap that looks held is tried again, and the pause between two tries.
-const BUSY_TRIES: u32 = 100;
-const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
-
-/// Attaches to a tap. Another thread that starts a program holds a copy of every open file from fork until exec, so a tap
-/// that was let go a moment ago may still look held: that passes by itself, a VMM's hold does not.
-fn attach_when_free(tap: &TapName) -> io::Result<std::fs::File> {
-    for _ in 0..BUSY_TRIES {
-        match sys::attach_tap(tap) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            attached => return attached,
-        }
-        // There is no event to wait for: the kernel does not tell when the last copy of a file is closed.
-        #[allow(clippy::disallowed_methods)]
-        std::thread::sleep(BUSY_PAUSE);
-    }
-    sys::attach_tap(tap)
 }
 
 impl GuestNetns {
@@ -120,40 +94,6 @@ impl GuestNetns {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
     }
 
-    /// Makes the slot's tap with its address, up. A tap that is there already is taken over.
-    ///
-    /// # Errors
-    /// Names the tap and the step; a tap that was made halfway is gone again.
-    pub fn create_tap(&self, slot: Slot) -> Result<TapName, NetError> {
-        let tap = slot.tap();
-        let at = |step| {
-            let tap = tap.clone();
-            move |source: io::Error| NetError::Create { tap, step, source }
-        };
-        self.inside(|| {
-            // Kept only as the last step: until then the tap goes with its file, also on an error.
-            let file = attach_when_free(&tap).map_err(at("making it"))?;
-            sys::set_address(&tap, slot.host_address(), slot.netmask()).map_err(at("setting its address"))?;
-            sys::set_up(&tap).map_err(at("bringing it up"))?;
-            sys::keep_tap(&file, true).map_err(at("keeping it"))
-        })?;
-        Ok(tap)
-    }
-
-    /// Removes a tap; one that is gone already is success.
-    ///
-    /// # Errors
-    /// A VMM still holds it.
-    pub fn delete_tap(&self, tap: &TapName) -> Result<(), NetError> {
-        self.inside(|| {
-            let gone = attach_when_free(tap).and_then(|file| sys::keep_tap(&file, false));
-            gone.map_err(|source| NetError::Delete {
-                tap: tap.clone(),
-                source,
-            })
-        })
-    }
-
     /// Makes the slots' taps without addresses, down and kept. Those that are there stay as they are.
     pub(crate) fn create_taps_down(&self, slots: &[Slot]) -> Result<(), NetError> {
         self.inside(|| {
@@ -171,6 +111,36 @@ impl GuestNetns {
                 sys::keep_tap(&made, true).map_err(at("keeping it"))
             })
         })
+    }
+
+    /// The namespace of the calling thread: the blade's own, for an uplink.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn current() -> Result<Self, NetError> {
+        let file = File::open(OWN_NETNS).map_err(|source| NetError::Namespace {
+            operation: "finding",
+            source,
+        })?;
+        Ok(Self { file })
+    }
+
+    /// Whether both are the same namespace.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn is_same(&self, other: &Self) -> io::Result<bool> {
+        let (one, other) = (self.file.metadata()?, other.file.metadata()?);
+        Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+    }
+
+    /// Whether IPv4 and IPv6 packets pass from one interface of the namespace to another.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn forwards(&self) -> Result<(bool, bool), NetError> {
+        let is_on = |path: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() != "0");
+        self.run_inside(|| (is_on(IP_FORWARD), is_on(IPV6_FORWARD)))
     }
 
     /// The namespace that a process is in: a VMM's that outlived the far-node that started it.
@@ -209,12 +179,28 @@ impl GuestNetns {
     }
 }
 
+/// Whether interfaces of the calling thread's namespace have IPv6 at all. Without it a tap that comes up has nothing to say,
+/// and one that goes down leaves no routes behind that the kernel looks for among those of all others.
+pub(crate) fn set_ipv6(is_on: bool) -> Result<(), NetError> {
+    for interfaces in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{interfaces}/disable_ipv6");
+        match fs::write(path, if is_on { "0" } else { "1" }) {
+            // The blade's kernel has none.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => other.map_err(|source| NetError::Namespace {
+                operation: "setting IPv6 in",
+                source,
+            })?,
+        }
+    }
+    Ok(())
+}
+
 /// Lets packets pass between interfaces of the calling thread's namespace. Return paths are not checked by the kernel:
 /// guests' sources are checked by address, MAC and tap before, and have no route of their own.
 pub(crate) fn enable_forwarding(has_ipv6: bool) -> Result<(), NetError> {
-    let ipv6 = ["/proc/sys/net/ipv6/conf/all/forwarding"];
-    let ipv4 = [IP_FORWARD];
-    for path in ipv4.iter().chain(ipv6.iter().filter(|_| has_ipv6)) {
+    let ipv6 = has_ipv6.then_some(IPV6_FORWARD);
+    for path in [IP_FORWARD].into_iter().chain(ipv6) {
         fs::write(path, "1").map_err(|source| NetError::Namespace {
             operation: "letting packets pass in",
             source,
