@@ -29,6 +29,7 @@ mod links;
 mod nodes;
 mod reconcile;
 mod registry;
+mod rules;
 mod run;
 mod shared;
 mod status_writer;

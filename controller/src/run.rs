@@ -106,9 +106,16 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         });
     }
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
-    let address = serve(&config, &ca, &registry, &lead, &stop, &mut tasks).await?;
+    let world = Arc::new(World::new(
+        config.seed.unwrap_or_else(rand::random),
+        config.node_lost_after,
+        config.fence_after + config.fence_margin,
+    ));
+    let address = serve(&config, &ca, &registry, &world, &lead, &stop, &mut tasks).await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
-    work(&config, client, &ca, &registry, &doubts, &lead, &stop, &mut tasks)?;
+    work(
+        &config, client, &ca, &registry, &world, &doubts, &lead, &stop, &mut tasks,
+    )?;
     let token = match config.issue_join_token_file.clone() {
         Some(path) => {
             let keeper = Keeper {
@@ -206,6 +213,7 @@ async fn serve(
     config: &Config,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    world: &Arc<World>,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
@@ -226,7 +234,9 @@ async fn serve(
         registry: registry.clone(),
         certificate_life: config.certificate_life,
         heartbeat_ms: config.heartbeat_ms,
-        epoch: lead.epoch,
+        lead: lead.clone(),
+        world: world.clone(),
+        fence_after: config.fence_after,
     };
     let mut server = Server::builder()
         .tls_config(tls)
@@ -252,16 +262,12 @@ fn work(
     client: Client,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    world: &Arc<World>,
     doubts: &Arc<Doubts>,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
 ) -> Result<()> {
-    let world = Arc::new(World::new(
-        config.seed.unwrap_or_else(rand::random),
-        config.node_lost_after,
-        config.fence_after,
-    ));
     let (agents_known, nodes_known) = (CancellationToken::new(), CancellationToken::new());
     let own = ca.own_identity(&[])?;
     let credentials = Arc::new(Credentials {
@@ -306,8 +312,9 @@ fn work(
         doubts: doubts.clone(),
         agents_known: agents_known.clone(),
         nodes_known,
+        first_delay: config.retry_after,
     });
-    let (concurrency, stopped) = (config.concurrency, stop.clone());
+    let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {
         agents(client, world, context, agents_known, concurrency, stopped).await;
         Ok(())

@@ -168,6 +168,12 @@ impl Node for Blade {
     async fn stop_agent(&self, _: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {
         std::future::pending().await
     }
+    async fn sleep_agent(&self, _: Request<SleepAgentRequest>) -> Result<Response<AgentState>, Status> {
+        not_here()
+    }
+    async fn resurrect_agent(&self, _: Request<ResurrectAgentRequest>) -> Result<Response<AgentState>, Status> {
+        not_here()
+    }
     async fn forget_agent(&self, _: Request<ForgetAgentRequest>) -> Result<Response<ForgetAgentResponse>, Status> {
         not_here()
     }
