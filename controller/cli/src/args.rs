@@ -86,6 +86,13 @@ pub(crate) enum Command {
     PortForward(crate::forward::ForwardArgs),
     /// Show what running agents use
     Top(crate::top::TopArgs),
+    /// Let a blade take no new agents; those that run stay
+    Cordon(crate::drain::CordonArgs),
+    /// Let a blade take agents again
+    Uncordon(crate::drain::CordonArgs),
+    /// Empty a blade, and wait until it is empty
+    #[command(after_help = crate::drain::EXAMPLES)]
+    Drain(crate::drain::DrainArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -120,6 +127,13 @@ pub(crate) enum PluginCommand {
     PortForward(crate::forward::ForwardArgs),
     /// Show what running agents use
     Top(crate::top::TopArgs),
+    /// Let a blade take no new agents; those that run stay
+    Cordon(crate::drain::CordonArgs),
+    /// Let a blade take agents again
+    Uncordon(crate::drain::CordonArgs),
+    /// Empty a blade, and wait until it is empty
+    #[command(after_help = crate::drain::EXAMPLES)]
+    Drain(crate::drain::DrainArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

@@ -15,6 +15,7 @@ mod describe;
 mod doctor;
 mod documents;
 mod down;
+mod drain;
 mod exec;
 mod exit;
 mod folders;
@@ -74,6 +75,9 @@ pub fn far() -> ExitCode {
             Command::Cp(args) => cp::cp(&cluster, &folders, &args).await,
             Command::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             Command::Top(args) => top::top(&cluster, &folders, &args).await,
+            Command::Cordon(args) => drain::cordon(&cluster, &args).await,
+            Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
+            Command::Drain(args) => drain::drain(&cluster, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
@@ -97,6 +101,9 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Cp(args) => cp::cp(&cluster, &folders, &args).await,
             PluginCommand::PortForward(args) => forward::forward(&cluster, &folders, &args).await,
             PluginCommand::Top(args) => top::top(&cluster, &folders, &args).await,
+            PluginCommand::Cordon(args) => drain::cordon(&cluster, &args).await,
+            PluginCommand::Uncordon(args) => drain::uncordon(&cluster, &args).await,
+            PluginCommand::Drain(args) => drain::drain(&cluster, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,
