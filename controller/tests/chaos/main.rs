@@ -173,7 +173,7 @@ async fn poison(api: &DevApi, calm: &AtomicBool, truth: &Truth) {
                 name: None,
             };
             let answer = |code, retry_after| Action::Answer { code, retry_after };
-            let (on, action) = match rng.random_range(0..12) {
+            let (on, action) = match rng.random_range(0..13) {
                 0 => (on("patch", "faragents", "status"), answer(409, None)),
                 1 => (on("patch", "faragents", "status"), answer(500, None)),
                 2 => (on("patch", "faragents", "status"), answer(429, Some(1))),
@@ -185,8 +185,8 @@ async fn poison(api: &DevApi, calm: &AtomicBool, truth: &Truth) {
                 8 => (on("update", "leases", ""), answer(500, None)),
                 9 => (on("create", "events", ""), answer(500, None)),
                 10 => (on("patch", "faragents", "status"), Action::Delay { millis: 700 }),
-                _ if rng.random_bool(0.2) => (on("watch", "faragents", ""), Action::ExpireWatch),
-                _ if rng.random_bool(0.2) => (on("watch", "farnodes", ""), Action::ExpireWatch),
+                11 if rng.random_bool(0.5) => (on("watch", "faragents", ""), Action::ExpireWatch),
+                12 if rng.random_bool(0.5) => (on("watch", "farnodes", ""), Action::ExpireWatch),
                 _ => continue,
             };
             Fault { on, action, times: 1 }
