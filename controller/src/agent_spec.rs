@@ -5,8 +5,8 @@ mod network;
 
 use std::collections::{BTreeMap, HashMap};
 
-use far_api::{Env, FarAgent, FileSource, KeyRef, Quantity};
-use far_core::quantity;
+use far_api::{Env, EnvFrom, FarAgent, FileSource, KeyRef, Quantity};
+use far_core::{quantity, retry::Rules};
 use far_proto::node as wire;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::{Api, Client};
@@ -43,7 +43,12 @@ struct Sources<'a> {
 }
 
 /// Reads what the spec refers to and builds the request's spec.
-pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) -> Result<wire::AgentSpec, SpecError> {
+pub(crate) async fn resolve(
+    client: &Client,
+    namespace: &str,
+    agent: &FarAgent,
+    rules: &Rules,
+) -> Result<wire::AgentSpec, SpecError> {
     let spec = &agent.spec;
     let request = convert::request(agent).map_err(SpecError::Invalid)?;
     let small = |field: &str, amount: u64| {
@@ -56,7 +61,12 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         secrets: HashMap::new(),
     };
     let mut env = Vec::new();
+    for (index, one) in spec.env_from.iter().flatten().enumerate() {
+        sources.env_from(index, one, &mut env).await?;
+    }
     for (index, one) in spec.env.iter().flatten().enumerate() {
+        // One variable, one value: env wins over envFrom.
+        env.retain(|known: &wire::EnvVar| known.name != one.name);
         env.push(sources.env(index, one).await?);
     }
     let mut files = Vec::new();
@@ -96,7 +106,7 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         env,
         files,
         termination_grace_s: spec.termination_grace_period_seconds,
-        active_deadline_s: spec.active_deadline_seconds.unwrap_or(0),
+        active_deadline_s: deadline(agent, rules),
         working_dir: spec.working_dir.clone(),
         scratch_mib,
         folders,
@@ -105,7 +115,39 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
     })
 }
 
+/// What is left of the deadline over all attempts; 0: there is none.
+fn deadline(agent: &FarAgent, rules: &Rules) -> u32 {
+    let since = convert::status_from_api(agent.status.as_ref()).active_since;
+    let left = rules.deadline_left(since).map(|left| left.max(1));
+    left.map_or(0, |left| u32::try_from(left).unwrap_or(u32::MAX))
+}
+
 impl Sources<'_> {
+    /// Keys that are no names of variables are passed over, as for Pods.
+    async fn env_from(&mut self, index: usize, from: &EnvFrom, env: &mut Vec<wire::EnvVar>) -> Result<(), SpecError> {
+        let field = format!("spec.envFrom[{index}]");
+        let prefix = from.prefix.clone().unwrap_or_default();
+        let (data, secret) = match (&from.secret_ref, &from.config_map_ref) {
+            (Some(whole), _) => (self.secret(&field, &whole.name).await?.clone(), true),
+            (None, Some(whole)) => (self.config_map(&field, &whole.name).await?.clone(), false),
+            (None, None) => return Err(SpecError::Invalid(format!("{field}: no source is named"))),
+        };
+        for (key, bytes) in data {
+            let name = format!("{prefix}{key}");
+            let is_name = !name.is_empty() && name.len() <= 255 && !name.contains(['=', '\0']);
+            let Some(value) = String::from_utf8(bytes).ok().filter(|value| !value.contains('\0')) else {
+                return Err(SpecError::Invalid(format!(
+                    "{field}: the value of key {key:?} is not UTF-8 text without NUL"
+                )));
+            };
+            if is_name {
+                env.retain(|known| known.name != name);
+                env.push(wire::EnvVar { name, value, secret });
+            }
+        }
+        Ok(())
+    }
+
     async fn env(&mut self, index: usize, env: &Env) -> Result<wire::EnvVar, SpecError> {
         let field = format!("spec.env[{index}] ({})", env.name);
         let (value, secret) = match &env.value_from {
@@ -167,23 +209,30 @@ impl Sources<'_> {
     }
 
     async fn secret_key(&mut self, field: &str, key: &KeyRef) -> Result<Vec<u8>, SpecError> {
-        if !self.secrets.contains_key(&key.name) {
+        // The error of a missing object is the same as of a missing key.
+        match self.secret(field, &key.name).await {
+            Ok(_) | Err(SpecError::Missing { .. }) => pick(field, "Secret", key, self.secrets.get(&key.name)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn secret(&mut self, field: &str, name: &str) -> Result<&BTreeMap<String, Vec<u8>>, SpecError> {
+        if !self.secrets.contains_key(name) {
             let api: Api<Secret> = Api::namespaced(self.client.clone(), self.namespace);
             let found = api
-                .get_opt(&key.name)
+                .get_opt(name)
                 .await
-                .map_err(|source| read(field, "Secret", &key.name, source))?;
+                .map_err(|source| read(field, "Secret", name, source))?;
             let data = found.map(|secret| {
-                secret
-                    .data
-                    .unwrap_or_default()
-                    .into_iter()
-                    .map(|(key, bytes)| (key, bytes.0))
-                    .collect()
+                let data = secret.data.unwrap_or_default().into_iter();
+                data.map(|(key, bytes)| (key, bytes.0)).collect()
             });
-            self.secrets.insert(key.name.clone(), data);
+            self.secrets.insert(name.to_owned(), data);
         }
-        pick(field, "Secret", key, self.secrets.get(&key.name))
+        self.secrets
+            .get(name)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| missing(field, "Secret", name))
     }
 
     async fn config_map_key(&mut self, field: &str, key: &KeyRef) -> Result<Vec<u8>, SpecError> {

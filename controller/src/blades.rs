@@ -17,9 +17,11 @@ use tonic::{Request, Response, Status, async_trait};
 use crate::{
     ca::{self, Ca, CaError, Issued},
     door::Visit,
+    leader::Lead,
     metrics::Metrics,
     registry::{HeartbeatError, Registry},
     tokens::{Revocations, TokenError, Tokens},
+    world::World,
 };
 
 /// Valid certificates of a blade beyond which none is renewed; blades renew at half of their life.
@@ -34,7 +36,10 @@ pub(crate) struct BladeApi {
     pub(crate) metrics: Metrics,
     pub(crate) certificate_life: Duration,
     pub(crate) heartbeat_ms: u32,
-    pub(crate) epoch: u64,
+    pub(crate) lead: Lead,
+    pub(crate) world: Arc<World>,
+    /// See `Config::fence_after`.
+    pub(crate) fence_after: Duration,
 }
 
 impl BladeApi {
@@ -149,11 +154,15 @@ impl BladeApi {
                     Status::unavailable("the Kubernetes API does not take it now")
                 }
             })?;
+        // Its successor must not count on a fence that this one still puts off.
+        if !self.lead.is_fresh() {
+            return Err(Status::unavailable("this controller may lead no more"));
+        }
         Ok(Response::new(HeartbeatResponse {
             interval_ms: self.heartbeat_ms,
-            epoch: self.epoch,
-            // Not asked of blades yet.
-            fence_after_ms: 0,
+            epoch: self.lead.epoch,
+            fence_after_ms: u64::try_from(self.fence_after.as_millis()).unwrap_or(u64::MAX),
+            unreached: !self.world.puts_fence_off(&blade),
         }))
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use far_core::status::Report;
 use far_proto::node::{
-    AgentSpec, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, ListAgentsRequest, StopAgentRequest,
-    node_client::NodeClient,
+    AgentSpec, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, ListAgentsRequest, ResurrectAgentRequest,
+    SleepAgentRequest, StopAgentRequest, node_client::NodeClient,
 };
 use tonic::{Code, Status, transport::Channel};
 
@@ -93,6 +93,30 @@ impl Blade {
         Ok(convert::report(state).map(|(_, report)| report))
     }
 
+    /// [`CallError::Rejected`]: the blade has no such thing as sleep.
+    pub(crate) async fn sleep(&mut self, identity: Identity) -> Result<Option<Report>, CallError> {
+        let request = SleepAgentRequest {
+            epoch: self.epoch,
+            identity: Some(identity),
+        };
+        let state = within(self.client.sleep_agent(request))
+            .await
+            .map_err(|status| slept(&status))?;
+        Ok(convert::report(state).map(|(_, report)| report))
+    }
+
+    /// As [`Self::sleep`].
+    pub(crate) async fn resurrect(&mut self, identity: Identity) -> Result<Option<Report>, CallError> {
+        let request = ResurrectAgentRequest {
+            epoch: self.epoch,
+            identity: Some(identity),
+        };
+        let state = within(self.client.resurrect_agent(request))
+            .await
+            .map_err(|status| slept(&status))?;
+        Ok(convert::report(state).map(|(_, report)| report))
+    }
+
     /// Every attempt the blade keeps.
     pub(crate) async fn list(&mut self) -> Result<Vec<(Identity, Report)>, CallError> {
         let list = within(self.client.list_agents(ListAgentsRequest {}))
@@ -120,6 +144,13 @@ impl Blade {
             Err(status) if status.code() == Code::FailedPrecondition => Err(CallError::NotYet(text(&status))),
             Err(status) => Err(common(&status)),
         }
+    }
+}
+
+fn slept(status: &Status) -> CallError {
+    match status.code() {
+        Code::Unimplemented => CallError::Rejected(text(status)),
+        _ => common(status),
     }
 }
 

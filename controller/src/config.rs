@@ -59,9 +59,16 @@ pub struct Config {
     /// Seconds without a heartbeat after which a blade is not ready, and its agents are Unknown.
     #[arg(long, default_value = "40", value_parser = seconds)]
     pub node_lost_after: Duration,
-    /// Seconds a blade must be lost before the finalizers of its deleted agents are removed unconfirmed.
+    /// Seconds without an answer to its heartbeats after which a blade ends its agents by itself. Only then, and a margin
+    /// later, the controller fails them or starts them elsewhere, or lets go of deleted ones unconfirmed.
     #[arg(long, default_value = "600", value_parser = seconds)]
     pub fence_after: Duration,
+    /// Seconds after the fence time for the blade to end its agents, and for clocks that run apart.
+    #[arg(long, default_value = "15", value_parser = seconds, hide = true)]
+    pub fence_margin: Duration,
+    /// Seconds from the first failure of an agent until its next attempt; doubles up to 30 times as long.
+    #[arg(long, default_value = "10", value_parser = seconds, hide = true)]
+    pub retry_after: Duration,
     /// Seconds between two looks for attempts on a blade that no agent owns any more.
     #[arg(long, default_value = "60", value_parser = seconds)]
     pub sweep_every: Duration,
@@ -105,6 +112,8 @@ impl Config {
             heartbeat_ms: 5_000,
             node_lost_after: Duration::from_secs(40),
             fence_after: Duration::from_secs(600),
+            fence_margin: Duration::from_secs(15),
+            retry_after: Duration::from_secs(10),
             sweep_every: Duration::from_secs(60),
             certificate_life: Duration::from_secs(86_400),
             lease_duration: Duration::from_secs(15),

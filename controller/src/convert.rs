@@ -1,10 +1,15 @@
 //! The edges: the API's status and the node API's messages become `far-core` types, and back.
 
-pub(crate) use far_api::placement::{is_ready, request};
-use far_api::{BootResources, Claimed, FarAgentStatus, FarNode, Phase as ApiPhase, placement};
+pub(crate) use far_api::placement::{is_ready, request, taint, toleration};
+use far_api::{
+    BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase, placement,
+};
 use far_core::{
     placement::Blade,
-    status::{Claim, Condition, ConditionKind, End, EndReason, Phase, Report, Resources, Stage, Stamp, Status},
+    retry::Counts,
+    status::{
+        Claim, Condition, ConditionKind, End, EndReason, LastAttempt, Phase, Report, Resources, Stage, Stamp, Status,
+    },
 };
 use far_proto::node as wire;
 use k8s_openapi::{
@@ -79,6 +84,24 @@ pub(crate) fn status_from_api(status: Option<&FarAgentStatus>) -> Status {
             uid: one.uid,
             attempt: one.attempt,
         }),
+        restarts: status.restarts.unwrap_or(0),
+        counts: Counts {
+            failures: status.failures.unwrap_or(0),
+            blade_failures: status.infrastructure_failures.unwrap_or(0),
+            blade_failures_since: status.infrastructure_failures_since.map(|time| time.0.as_second()),
+        },
+        active_since: status.active_since.map(|time| time.0.as_second()),
+        next_attempt_at: status.next_attempt_at.map(|time| time.0.as_second()),
+        last_attempt: status.last_attempt.map(|last| LastAttempt {
+            attempt: last.attempt,
+            node: last.node_name,
+            reason: last.reason,
+            message: last.message,
+            exit_code: last.exit_code,
+            signal: last.signal,
+            finished_at: last.finished_at.map(|time| stamp(&time)),
+            tail: last.tail,
+        }),
     }
 }
 
@@ -120,8 +143,22 @@ pub(crate) fn status_to_api(
         message: status.message.clone(),
         started_at: status.started_at.and_then(time),
         finished_at: status.finished_at.and_then(time),
-        // restartPolicy is Never: an agent that began is not begun again.
-        restarts: (status.attempt > 0).then_some(0),
+        restarts: (status.attempt > 0).then_some(status.restarts),
+        failures: Some(status.counts.failures).filter(|count| *count > 0),
+        infrastructure_failures: Some(status.counts.blade_failures).filter(|count| *count > 0),
+        infrastructure_failures_since: status.counts.blade_failures_since.and_then(seconds),
+        active_since: status.active_since.and_then(seconds),
+        next_attempt_at: status.next_attempt_at.and_then(seconds),
+        last_attempt: status.last_attempt.as_ref().map(|last| ApiLastAttempt {
+            attempt: last.attempt,
+            node_name: last.node.clone(),
+            reason: last.reason.clone(),
+            message: last.message.clone(),
+            exit_code: last.exit_code,
+            signal: last.signal,
+            finished_at: last.finished_at.and_then(time),
+            tail: last.tail.clone(),
+        }),
         image_digest: status.image_digest.clone(),
         resources: status.resources.as_ref().map(|got| BootResources {
             vcpus: Some(got.vcpus),
@@ -162,7 +199,11 @@ fn stamp(time: &Time) -> Stamp {
 }
 
 fn time(stamp: Stamp) -> Option<Time> {
-    Timestamp::from_second(stamp.seconds).ok().map(Time)
+    seconds(stamp.seconds)
+}
+
+fn seconds(seconds: i64) -> Option<Time> {
+    Timestamp::from_second(seconds).ok().map(Time)
 }
 
 /// What a blade says of an attempt; `None`: it names none, or a phase nobody knows.

@@ -88,6 +88,17 @@ pub(crate) struct Lead {
     /// Cancelled when the lead may have gone to another.
     pub(crate) lost: CancellationToken,
     lease: Arc<Mutex<Lease>>,
+    /// When the claim or renewal was sent that was answered last, and how long it holds.
+    renewed: Arc<Mutex<Instant>>,
+    duration: Duration,
+}
+
+impl Lead {
+    /// Nobody else can lead yet: also true of a process that was stopped and has not yet seen what it missed.
+    pub(crate) fn is_fresh(&self) -> bool {
+        let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        !self.lost.is_cancelled() && renewed.elapsed() < self.duration
+    }
 }
 
 pub(crate) struct Elector {
@@ -140,7 +151,8 @@ impl Elector {
                 metadata,
                 spec: Some(self.claim(0)),
             };
-            return won(self.api.create(&PostParams::default(), &lease).await);
+            let sent = Instant::now();
+            return self.won(sent, self.api.create(&PostParams::default(), &lease).await);
         };
         let spec = found.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
@@ -161,7 +173,26 @@ impl Elector {
             spec: Some(self.claim(spec.lease_transitions.unwrap_or(0))),
             ..found
         };
-        won(self.api.replace(LEASE, &PostParams::default(), &lease).await)
+        let sent = Instant::now();
+        self.won(sent, self.api.replace(LEASE, &PostParams::default(), &lease).await)
+    }
+
+    fn won(&self, sent: Instant, written: Result<Lease, kube::Error>) -> Result<Option<Lead>, kube::Error> {
+        match written {
+            Ok(lease) => {
+                let transitions = lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or(1);
+                Ok(Some(Lead {
+                    epoch: u64::try_from(transitions).unwrap_or(1),
+                    lost: CancellationToken::new(),
+                    lease: Arc::new(Mutex::new(lease)),
+                    renewed: Arc::new(Mutex::new(sent)),
+                    duration: self.duration,
+                }))
+            }
+            // Another was faster.
+            Err(kube::Error::Api(error)) if error.code == 409 => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn claim(&self, transitions: i32) -> LeaseSpec {
@@ -185,8 +216,12 @@ impl Elector {
                 () = tokio::time::sleep(self.duration / 3) => {}
             }
             let left = (self.duration * 2 / 3).saturating_sub(renewed.elapsed().saturating_sub(self.duration / 3));
+            let sent = Instant::now();
             match tokio::time::timeout(left, self.renew(lead)).await {
-                Ok(Ok(())) => renewed = Instant::now(),
+                Ok(Ok(())) => {
+                    renewed = Instant::now();
+                    *lead.renewed.lock().unwrap_or_else(PoisonError::into_inner) = sent;
+                }
                 Ok(Err(kube::Error::Api(error))) if error.code == 409 || error.code == 404 => {
                     tracing::error!("the leader's lease was taken: this controller ends");
                     lead.lost.cancel();
@@ -266,22 +301,6 @@ fn is_held(lease: Option<&Lease>, identity: &str, epoch: u64) -> bool {
         let transitions = spec.lease_transitions.and_then(|count| u64::try_from(count).ok());
         spec.holder_identity.as_deref() == Some(identity) && transitions == Some(epoch)
     })
-}
-
-fn won(written: Result<Lease, kube::Error>) -> Result<Option<Lead>, kube::Error> {
-    match written {
-        Ok(lease) => {
-            let transitions = lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or(1);
-            Ok(Some(Lead {
-                epoch: u64::try_from(transitions).unwrap_or(1),
-                lost: CancellationToken::new(),
-                lease: Arc::new(Mutex::new(lease)),
-            }))
-        }
-        // Another was faster.
-        Err(kube::Error::Api(error)) if error.code == 409 => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ mod queue;
 mod pages;
 mod reconcile;
 mod registry;
+mod rules;
 mod run;
 mod shared;
 mod status_writer;

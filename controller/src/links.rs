@@ -220,7 +220,7 @@ impl Links {
     async fn remove_orphans(&self, blade: &str, calls: &mut Blade) -> Result<(), CallError> {
         for (identity, report) in calls.list().await? {
             let (uid, attempt) = (identity.uid.clone(), identity.attempt);
-            if !self.world.is_orphan(blade, &uid, attempt) {
+            if !self.world.is_orphan(blade, &uid, &report) {
                 continue;
             }
             tracing::info!(blade, uid, attempt, stage = ?report.stage, "no agent owns an attempt on the blade: it is removed");

@@ -17,7 +17,12 @@ use kube::{
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::{backoff::Backoff, links::Links, registry::Registry, world::World};
+use crate::{
+    backoff::Backoff,
+    links::Links,
+    registry::{self, Registry},
+    world::World,
+};
 
 pub(crate) struct Nodes {
     pub(crate) client: Client,
@@ -72,6 +77,15 @@ impl Nodes {
         let name = node.name_any();
         self.registry.expect(&name);
         self.world.observe_node(node);
+        if let Some(condition) = registry::untold_drain(node) {
+            let (client, told) = (self.client.clone(), node.clone());
+            tasks.spawn(async move {
+                if let Err(error) = registry::tell(&client, &told, condition).await {
+                    // The next change of the blade, or the next list, tries again.
+                    tracing::warn!(blade = told.name_any(), %error, "that the blade is emptied was not written down");
+                }
+            });
+        }
         let endpoint = node
             .status
             .as_ref()

@@ -3,12 +3,18 @@
 //!
 //! Invariant: the intent (blade, attempt) is written with resourceVersion before a blade is called.
 
-use std::{sync::Arc, time::Duration};
+mod ends;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use far_api::{FINALIZER, FarAgent};
 use far_core::{
     lifecycle::{BladeView, Decision, Seen, decide},
     placement::Cause,
+    retry::Rules,
     status::{Fact, Phase, Report, Status},
 };
 use far_proto::node::{EndReason, Identity};
@@ -23,8 +29,8 @@ use crate::{
     events::Events,
     leader::Doubts,
     queue::Action,
-    status_writer,
-    world::World,
+    rules, status_writer,
+    world::{View, World},
 };
 
 /// Steps of one pass: place, ensure, tell and their like. More than these means that something turns in a circle.
@@ -50,6 +56,8 @@ pub(crate) struct Context {
     /// Cancelled once agents and blades are listed completely: before that, reservations are not complete either.
     pub(crate) agents_known: CancellationToken,
     pub(crate) nodes_known: CancellationToken,
+    /// From the first failure of an agent until its next attempt.
+    pub(crate) first_delay: Duration,
 }
 
 /// Why a pass failed.
@@ -149,51 +157,89 @@ impl Pass<'_> {
         convert::status_from_api(self.agent.status.as_ref())
     }
 
+    fn rules(&self) -> Rules {
+        rules::rules(&self.agent, self.context.first_delay)
+    }
+
     fn is_held(&self) -> bool {
         self.agent.finalizers().iter().any(|one| one == FINALIZER)
     }
 
     async fn step(&mut self) -> Result<Next, ReconcileError> {
         let status = self.status();
-        let (blade, report) = self.context.world.view(&self.uid, &status);
+        let View {
+            blade,
+            report,
+            leaves_at,
+        } = self
+            .context
+            .world
+            .view(&self.uid, &status, &rules::patience(&self.agent));
+        let rules = rules::rules(&self.agent, self.context.first_delay);
         let seen = Seen {
             status: &status,
             deleting: self.agent.metadata.deletion_timestamp.is_some(),
             held: self.is_held(),
             blade,
             report: report.as_ref(),
+            rules: &rules,
+            wanted: rules::wanted(&self.agent),
+            must_leave: leaves_at.is_some_and(|at| at <= Instant::now()),
+            final_since: rules::final_since(&self.agent),
         };
-        match decide(&seen) {
-            Decision::Rest => Ok(Next::Rest(rest(&seen))),
-            Decision::Place => self.place(&status).await,
-            Decision::Ensure => self.ensure(&status).await,
-            Decision::Tell => match &report {
+        let next = self.act(&seen).await?;
+        // Time alone makes it leave.
+        Ok(match (next, leaves_at) {
+            (Next::Rest(_), Some(at)) if !seen.must_leave && !status.is_final() => {
+                let left = at.saturating_duration_since(Instant::now());
+                Next::Rest(Action::requeue(left.clamp(Duration::from_millis(20), RECHECK)))
+            }
+            (next, _) => next,
+        })
+    }
+
+    async fn act(&mut self, seen: &Seen<'_>) -> Result<Next, ReconcileError> {
+        let (status, report) = (seen.status, seen.report);
+        match decide(seen) {
+            Decision::Rest => Ok(Next::Rest(rest(seen))),
+            Decision::Place => self.place(status).await,
+            Decision::Ensure => self.ensure(status).await,
+            Decision::Tell => match report {
                 // An unreachable blade is lost by time alone.
-                Some(report) if seen.blade == BladeView::Unreachable => match self.tell(&status, report).await? {
+                Some(report) if seen.blade == BladeView::Unreachable => match self.tell(status, report).await? {
                     Next::Rest(_) => Ok(Next::Rest(Action::requeue(WAITING))),
                     Next::Again => Ok(Next::Again),
                 },
-                Some(report) => self.tell(&status, report).await,
+                Some(report) => self.tell(status, report).await,
                 None => Ok(Next::Rest(Action::requeue(RECHECK))),
             },
-            Decision::DeclareForgotten => self.declare_forgotten(&status).await,
+            Decision::DeclareForgotten => self.declare_forgotten(status).await,
             Decision::DeclareLost => {
                 let blade = status.node.clone().unwrap_or_default();
                 let message =
                     format!("blade {blade} is not heard of or cannot be called; the agent may still run there");
-                self.learn(&status, &Fact::BladeLost { message: &message }).await?;
-                Ok(Next::Rest(Action::requeue(RECHECK)))
+                self.learn(status, &Fact::BladeLost { message: &message }).await?;
+                // Time alone makes it fenced.
+                Ok(Next::Rest(Action::requeue(WAITING)))
             }
+            Decision::DeclareFenced => self.declare_fenced(status).await,
+            Decision::DeclareSuspended => self.learn(status, &Fact::Suspended).await,
+            Decision::DeclareDeadline => self.learn(status, &Fact::DeadlinePassed).await,
+            Decision::WaitUntil(at) => Ok(Self::at(at)),
+            Decision::Evict => self.evict(status).await,
+            Decision::Sleep => self.sleep(status).await,
+            Decision::Wake => self.wake(status).await,
+            Decision::Delete => self.delete_expired().await,
             Decision::PlaceAnew => {
                 let blade = status.node.clone().unwrap_or_default();
                 let message = format!("blade {blade} refused: the attempt was withdrawn before it began");
-                self.place_anew(&status, &blade, &message).await
+                self.place_anew(status, &blade, &message).await
             }
-            Decision::Stop => self.stop(&status).await,
-            Decision::ForgetAndRelease => self.forget_and_release(&status).await,
+            Decision::Stop => self.stop(status).await,
+            Decision::ForgetAndRelease => self.forget_and_release(status).await,
             Decision::Release => self.release().await,
             Decision::ReleaseUnconfirmed => {
-                let blade = status.node.unwrap_or_default();
+                let blade = status.node.clone().unwrap_or_default();
                 let note = format!(
                     "blade {blade} was not reached for the whole fence time: released without its confirmation"
                 );
@@ -264,7 +310,7 @@ impl Pass<'_> {
             return Ok(Next::Rest(Action::requeue(WAITING)));
         };
         let namespace = self.agent.namespace().unwrap_or_default();
-        let spec = match agent_spec::resolve(&context.client, &namespace, &self.agent).await {
+        let spec = match agent_spec::resolve(&context.client, &namespace, &self.agent, &self.rules()).await {
             Ok(spec) => spec,
             Err(error @ SpecError::Missing { .. }) => {
                 let message = error.to_string();
@@ -343,14 +389,15 @@ impl Pass<'_> {
     }
 
     async fn tell(&mut self, status: &Status, report: &Report) -> Result<Next, ReconcileError> {
-        let next = status.after(&Fact::Seen(report));
+        let next = status.follow(&Fact::Seen(report), &self.rules());
         if next == *status {
             return Ok(Next::Rest(Action::requeue(RECHECK)));
         }
         let since = self.context.world.since_written(&self.uid);
         if let Some(left) = since
             .and_then(|since| COALESCE.checked_sub(since))
-            .filter(|_| !next.is_final())
+            // An end is told at once.
+            .filter(|_| !next.is_final() && next.node.is_some())
         {
             return Ok(Next::Rest(Action::requeue(left)));
         }
@@ -359,7 +406,7 @@ impl Pass<'_> {
 
     /// Writes what a fact changes, and says what people want to hear of it.
     async fn learn(&mut self, status: &Status, fact: &Fact<'_>) -> Result<Next, ReconcileError> {
-        let next = status.after(fact);
+        let next = status.follow(fact, &self.rules());
         if next == *status {
             return Ok(Next::Rest(Action::requeue(RECHECK)));
         }
@@ -369,16 +416,20 @@ impl Pass<'_> {
         let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
         self.context.world.observe(&agent, true);
         self.agent = agent;
-        self.announce(status.phase(), &next).await;
+        self.announce(status, &next).await;
         Ok(Next::Again)
     }
 
-    async fn announce(&self, before: Phase, next: &Status) {
-        let phase = next.phase();
+    async fn announce(&self, status: &Status, next: &Status) {
+        let (before, phase) = (status.phase(), next.phase());
+        let events = &self.context.events;
+        if next.restarts > status.restarts {
+            let why = next.message.as_deref().unwrap_or_default();
+            events.say(&self.agent, EventType::Warning, "Retrying", why).await;
+        }
         if phase == before {
             return;
         }
-        let events = &self.context.events;
         // A short life may be told in one write; that it started is still worth an event.
         if next.is_final() && before != Phase::Running && before != Phase::Unknown && next.started_at.is_some() {
             events

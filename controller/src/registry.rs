@@ -19,7 +19,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{
-    Api, Client,
+    Api, Client, ResourceExt,
     api::{Patch, PatchParams, PostParams},
 };
 use serde_json::json;
@@ -27,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{convert::cut, status_writer::difference};
 
+/// Condition of a blade that is emptied; since when it is tells when a drain's deadline is over.
+pub(crate) const DRAINING: &str = "Draining";
 /// Leases are renewed this often at most (design of node leases in Kubernetes: 10 s of 40 s).
 const LEASE_EVERY: Duration = Duration::from_secs(10);
 const LEASE_SECONDS: i32 = 40;
@@ -177,7 +179,7 @@ impl Registry {
         let old = node.status.unwrap_or_default();
         let ready = ready_condition(&old, "True", "Heard", "the blade sends heartbeats");
         let new = FarNodeStatus {
-            conditions: vec![ready],
+            conditions: with_condition(&old, ready),
             ..wanted.clone()
         };
         patch(&api, blade, &old, &new).await
@@ -235,11 +237,52 @@ impl Registry {
         let old = node.status.unwrap_or_default();
         let text = format!("no heartbeat for {} s", self.lost_after.as_secs_f64());
         let new = FarNodeStatus {
-            conditions: vec![ready_condition(&old, "Unknown", "NodeLost", &text)],
+            conditions: with_condition(&old, ready_condition(&old, "Unknown", "NodeLost", &text)),
             ..old.clone()
         };
         patch(&api, blade, &old, &new).await
     }
+}
+
+/// What the status has to say of a drain and does not say yet.
+pub(crate) fn untold_drain(node: &FarNode) -> Option<Condition> {
+    let conditions = node.status.iter().flat_map(|status| &status.conditions);
+    let is_told = conditions
+        .filter(|one| one.type_ == DRAINING)
+        .any(|one| one.status == "True");
+    let (status, reason) = match (node.spec.drain.is_some(), is_told) {
+        (true, false) => ("True", "Asked"),
+        (false, true) => ("False", "NotAsked"),
+        (true, true) | (false, false) => return None,
+    };
+    Some(Condition {
+        type_: DRAINING.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: String::new(),
+        observed_generation: None,
+        last_transition_time: Time(Timestamp::now()),
+    })
+}
+
+/// Writes a condition into a blade's status.
+pub(crate) async fn tell(client: &Client, node: &FarNode, condition: Condition) -> Result<(), kube::Error> {
+    let old = node.status.clone().unwrap_or_default();
+    let new = FarNodeStatus {
+        conditions: with_condition(&old, condition),
+        ..old.clone()
+    };
+    patch(&Api::all(client.clone()), &node.name_any(), &old, &new).await
+}
+
+/// The conditions with this one in the place of the one of its type.
+fn with_condition(old: &FarNodeStatus, condition: Condition) -> Vec<Condition> {
+    let mut all = old.conditions.clone();
+    match all.iter_mut().find(|one| one.type_ == condition.type_) {
+        Some(one) => *one = condition,
+        None => all.push(condition),
+    }
+    all
 }
 
 fn manager() -> PatchParams {

@@ -114,19 +114,25 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         });
     }
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
-    let address = serve(&config, &ca, &registry, &told.metrics, &lead, &stop, &mut tasks).await?;
+    let world = Arc::new(World::new(
+        config.seed.unwrap_or_else(rand::random),
+        config.packing,
+        config.node_lost_after,
+        config.fence_after + config.fence_margin,
+    ));
+    let address = serve(&config, &ca, &registry, &world, &told.metrics, &lead, &stop, &mut tasks).await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
     let works = work(
         &config,
         client.clone(),
         &ca,
         &registry,
+        &world,
         &doubts,
         &lead,
         &stop,
         &mut tasks,
     )?;
-    let world = works.world.clone();
     let gateway = gateway::start(&config, client, &ca, world, told.metrics.clone(), &stop, &mut tasks).await?;
     told.works(works);
     let token = match config.issue_join_token_file.clone() {
@@ -230,6 +236,7 @@ async fn serve(
     config: &Config,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    world: &Arc<World>,
     metrics: &Metrics,
     lead: &Lead,
     stop: &CancellationToken,
@@ -251,7 +258,9 @@ async fn serve(
         metrics: metrics.clone(),
         certificate_life: config.certificate_life,
         heartbeat_ms: config.heartbeat_ms,
-        epoch: lead.epoch,
+        lead: lead.clone(),
+        world: world.clone(),
+        fence_after: config.fence_after,
     };
     let mut server = Server::builder()
         .concurrency_limit_per_connection(16)
@@ -274,17 +283,12 @@ fn work(
     client: Client,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
+    world: &Arc<World>,
     doubts: &Arc<Doubts>,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
 ) -> Result<Works> {
-    let world = Arc::new(World::new(
-        config.seed.unwrap_or_else(rand::random),
-        config.packing,
-        config.node_lost_after,
-        config.fence_after,
-    ));
     let (agents_known, nodes_known) = (CancellationToken::new(), CancellationToken::new());
     let own = ca.own_identity(&[])?;
     let credentials = Arc::new(Credentials {
@@ -338,6 +342,7 @@ fn work(
         doubts: doubts.clone(),
         agents_known: agents_known.clone(),
         nodes_known: nodes_known.clone(),
+        first_delay: config.retry_after,
     });
     let works = Works {
         world: world.clone(),
@@ -345,7 +350,7 @@ fn work(
         nodes_known,
         stop: stop.clone(),
     };
-    let (concurrency, stopped) = (config.concurrency, stop.clone());
+    let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {
         agents::run(client, world, context, agents_known, concurrency, stopped).await;
         Ok(())

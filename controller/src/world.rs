@@ -3,6 +3,8 @@
 //!
 //! All of it is derived: from the watches, from the blades' event streams, and from the answers to our own writes.
 
+mod leaving;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -11,9 +13,10 @@ use std::{
 
 use far_api::{FarAgent, FarNode};
 use far_core::{
+    eviction::Patience,
     lifecycle::BladeView,
     placement::{Blade, Packing, Request, Scheduler, Unschedulable},
-    status::{Condition, ConditionKind, EndReason, Report, Status},
+    status::{Condition, ConditionKind, EndReason, Report, Stage, Status},
 };
 use far_proto::node::Identity;
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
@@ -21,6 +24,7 @@ use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use crate::{convert, dirty::Dirty};
+use leaving::Leaving;
 
 /// Ends that speak against the blade rather than the agent.
 const BLADES_FAULTS: [EndReason; 4] = [
@@ -67,6 +71,18 @@ struct Node {
     revoked: bool,
     /// Told when the blade's link has to begin anew, after a while.
     distrusted: Arc<Notify>,
+    /// What makes its agents leave.
+    leaving: Leaving,
+}
+
+/// What is known of an agent's blade.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) blade: BladeView,
+    /// What the blade says of the agent.
+    pub(crate) report: Option<Report>,
+    /// When the agent has to leave it.
+    pub(crate) leaves_at: Option<Instant>,
 }
 
 impl Node {
@@ -97,6 +113,8 @@ struct Inner {
     nodes: HashMap<String, Node>,
     /// Blades that are named but not there, since when.
     missing: HashMap<String, Instant>,
+    /// When a blade was last told that it need not end its agents.
+    fence_put_off: HashMap<String, Instant>,
     /// (blade, uid): the newest attempt the blade speaks of.
     reports: HashMap<String, HashMap<String, Report>>,
 }
@@ -120,6 +138,7 @@ impl World {
             on_blade: HashMap::new(),
             nodes: HashMap::new(),
             missing: HashMap::new(),
+            fence_put_off: HashMap::new(),
             reports: HashMap::new(),
         };
         Self {
@@ -307,6 +326,7 @@ impl World {
             blade: Blade::default(),
             revoked: false,
             distrusted: Arc::default(),
+            leaving: Leaving::default(),
         });
         let turned = entry.ready != ready;
         entry.ready = ready;
@@ -316,8 +336,11 @@ impl World {
             entry.lost_since.or_else(|| Some(Instant::now()))
         };
         entry.blade = convert::blade(node);
+        let leaving = Leaving::of(node, &entry.leaving);
+        let must_look = leaving.differs(&entry.leaving);
+        entry.leaving = leaving;
         self.offer(&mut inner, &name);
-        if turned {
+        if turned || must_look {
             self.wake_blade(&inner, &name);
         }
     }
@@ -355,25 +378,49 @@ impl World {
     }
 
     /// What is known of a blade, and what it says of an agent.
-    pub(crate) fn view(&self, uid: &str, status: &Status) -> (BladeView, Option<Report>) {
+    pub(crate) fn view(&self, uid: &str, status: &Status, patience: &[Patience]) -> View {
         let Some(name) = &status.node else {
-            return (BladeView::Unreachable, None);
+            return View {
+                blade: BladeView::Unreachable,
+                report: None,
+                leaves_at: None,
+            };
         };
         let mut inner = self.lock();
         let report = inner.reports.get(name).and_then(|reports| reports.get(uid)).cloned();
-        let lost = |since: Instant| {
-            if since.elapsed() >= self.fence_after {
-                BladeView::Fenced
-            } else {
-                BladeView::Lost
+        // Before this controller led, another may have put the fence off.
+        let put_off = inner.fence_put_off.get(name).copied().unwrap_or(self.begun);
+        let lost = match inner.nodes.get(name) {
+            Some(node) => node.lost_since(self.lost_after).is_some(),
+            None => {
+                let since = *inner.missing.entry(name.clone()).or_insert_with(Instant::now);
+                since.elapsed() >= self.lost_after
             }
         };
-        let view = match inner.nodes.get(name) {
+        let node = inner.nodes.get(name);
+        let blade = match node {
             Some(node) if node.unsynced_since.is_none() => BladeView::Connected,
-            Some(node) => node.lost_since(self.lost_after).map_or(BladeView::Unreachable, lost),
-            None => lost(*inner.missing.entry(name.clone()).or_insert_with(Instant::now)),
+            Some(_) | None if !lost => BladeView::Unreachable,
+            Some(_) | None if put_off.elapsed() >= self.fence_after => BladeView::Fenced,
+            Some(_) | None => BladeView::Lost,
         };
-        (view, report)
+        View {
+            blade,
+            report,
+            leaves_at: node.and_then(|node| node.leaving.at(patience)),
+        }
+    }
+
+    /// A heartbeat of the blade is about to be answered. False: calls do not reach it, so its agents' fate is unknown here,
+    /// and it has to end them when its fence time is over. True: it need not, for that long again.
+    pub(crate) fn puts_fence_off(&self, blade: &str) -> bool {
+        let mut inner = self.lock();
+        let unsynced = inner.nodes.get(blade).and_then(|node| node.unsynced_since);
+        let is_reached = unsynced.is_none_or(|since| since.elapsed() < self.lost_after);
+        if is_reached {
+            inner.fence_put_off.insert(blade.to_owned(), Instant::now());
+        }
+        is_reached
     }
 
     // Blades, as they tell of themselves.
@@ -512,12 +559,21 @@ impl World {
 
     /// No agent owns this attempt on this blade: its agent is gone from the API, elsewhere, or at a newer attempt. An
     /// attempt is in the API, and known here, before its blade hears of it; so a new one is never taken for an orphan.
-    pub(crate) fn is_orphan(&self, blade: &str, uid: &str, attempt: u32) -> bool {
+    ///
+    /// The ended attempt before the current one stays while its agent is there: people read its output.
+    pub(crate) fn is_orphan(&self, blade: &str, uid: &str, report: &Report) -> bool {
         let inner = self.lock();
-        inner
-            .agents
-            .get(uid)
-            .is_none_or(|agent| agent.node.as_deref() != Some(blade) || agent.attempt > attempt)
+        let Some(agent) = inner.agents.get(uid) else {
+            return true;
+        };
+        let is_current = agent.node.as_deref() == Some(blade) && agent.attempt <= report.attempt;
+        let newest_ended = if agent.node.is_some() {
+            agent.attempt.saturating_sub(1)
+        } else {
+            agent.attempt
+        };
+        let is_last = report.stage == Stage::Ended && !report.is_withdrawn() && report.attempt == newest_ended;
+        !is_current && !is_last
     }
 }
 

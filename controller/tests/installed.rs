@@ -214,7 +214,10 @@ mod real {
             &["create", "configmap", "docs", "--from-literal=a.md=one"],
         );
         let needy = cluster
-            .create("needy", json!({"image": "a", "env": env, "files": files}))
+            .create(
+                "needy",
+                json!({"image": "a", "env": env, "files": files, "ttlSecondsAfterFinished": 5}),
+            )
             .await;
         let uid = needy.uid().unwrap();
         until("the blade to have it", async || blade.fake.phase(&uid)).await;
@@ -243,7 +246,6 @@ mod real {
             .await;
         blade.fake.ended(&uid, EndReason::Completed, Some(0), "");
         cluster.wait_phase("needy", "Completed").await;
-        cluster.delete("needy").await;
         cluster.wait_gone("needy").await;
         assert_eq!(blade.fake.attempts(&uid), [1]);
         let Server::Real(plane) = &cluster.api else {

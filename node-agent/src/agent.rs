@@ -26,6 +26,7 @@ use crate::{
         protocol::Violation,
         session::{Session, SessionEvent},
     },
+    fence::Fence,
     guests::Guests,
     host::{ImageFault, Images, PrepareError, ReadyImage, VmHost, VmPlan},
     ledger::Ledger,
@@ -104,6 +105,8 @@ pub struct Blade {
     pub logs: PathBuf,
     /// Of this start of the blade's kernel.
     pub boot_id: String,
+    /// Until when agents may run without a controller.
+    pub fence: Fence,
     /// Told when images come or go: the controller hears of it at once.
     pub images_changed: Notify,
     /// Ends all tasks; VMs stay.

@@ -172,6 +172,10 @@ impl From<ImageFault> for Status {
     }
 }
 
+fn no_sleep() -> Status {
+    Status::unimplemented("this far-node cannot save the memory of microVMs yet")
+}
+
 #[tonic::async_trait]
 impl Node for NodeApi {
     async fn ensure_agent(&self, request: Request<proto::EnsureAgentRequest>) -> Result<Response<AgentState>, Status> {
@@ -207,6 +211,14 @@ impl Node for NodeApi {
             .map_err(|()| Status::invalid_argument("reason: must be EVICTED, DEADLINE_EXCEEDED or UNSPECIFIED"))?;
         let entry = self.supervisor.stop(identity, request.grace_s, reason).await?;
         Ok(Response::new(wire::agent_state(&entry)))
+    }
+
+    async fn sleep_agent(&self, _: Request<proto::SleepAgentRequest>) -> Result<Response<AgentState>, Status> {
+        Err(no_sleep())
+    }
+
+    async fn resurrect_agent(&self, _: Request<proto::ResurrectAgentRequest>) -> Result<Response<AgentState>, Status> {
+        Err(no_sleep())
     }
 
     async fn forget_agent(

@@ -27,6 +27,13 @@ pub struct Machine {
     pub extended: BTreeMap<String, u32>,
 }
 
+/// Of this start of the machine's kernel.
+pub(crate) fn boot_id() -> io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
+}
+
 impl Machine {
     /// Reads the machine. Blocking.
     ///
@@ -47,7 +54,7 @@ impl Machine {
                 max_vms,
             },
             kernel_version: text("/proc/sys/kernel/osrelease")?,
-            boot_id: text("/proc/sys/kernel/random/boot_id")?,
+            boot_id: boot_id()?,
             host,
             extended: BTreeMap::new(),
         })

@@ -15,7 +15,7 @@ use far_vmm::{
     additions::{Additions, Backend},
     config::{BootSource, Drive, Entropy, MAX_VCPUS, MachineConfig, NetworkInterface, VmConfig, Vsock},
     control::AsyncClient,
-    exit::{ExitCause, ExitRecord},
+    exit::{Asked, ExitCause, ExitRecord},
     probe::Capabilities,
 };
 use futures::{FutureExt, future::BoxFuture};
@@ -59,6 +59,8 @@ pub struct DirectHostOptions {
     pub backend: Backend,
     /// NICs, or why there are none.
     pub nics: Arc<Nics>,
+    /// The blade's lease, as every far-vmm reads it.
+    pub lease_file: PathBuf,
 }
 
 /// See the module's text.
@@ -135,6 +137,7 @@ impl DirectHost {
             console_max_bytes: Some(CONSOLE_MAX_BYTES),
             tsc_khz: self.machine.tsc_khz,
             netns: nic.map(|nic| nic.netns.clone()),
+            lease_file: Some(self.options.lease_file.clone()),
             ..Additions::default()
         }
     }
@@ -377,6 +380,9 @@ impl VmHost for DirectHost {
 
 fn vmm_end(exit: &ExitRecord) -> VmmEnd {
     let message = || clean_text(&exit.message, MAX_MESSAGE);
+    if exit.asked == Some(Asked::LeaseOver) {
+        return VmmEnd::Fenced;
+    }
     if exit.kernel_panic {
         return VmmEnd::KernelPanic { message: message() };
     }
@@ -421,6 +427,7 @@ mod tests {
             far_vmm: PathBuf::new(),
             backend: Backend::Qemu,
             nics: Nics::none("a test"),
+            lease_file: vms.path().join("lease"),
         };
         let host = DirectHost::new(options, far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default()));
         let vm = VmId::parse("fa-0123456789ab-1").unwrap();

@@ -40,7 +40,7 @@ pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
     gone_is_fine(fs::remove_file(path))
 }
 
-fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
+pub(crate) fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod direct_host;
 pub mod epoch;
+pub mod fence;
 mod files;
 pub mod guests;
 pub mod host;

@@ -12,11 +12,12 @@ use crate::{
     agent::{Blade, Limits},
     api::NodeApi,
     board::Board,
-    capacity::Machine,
+    capacity::{self, Machine},
     clock::Clock,
     config::{Config, Network},
     direct_host::{DirectHost, DirectHostOptions},
     epoch::{EpochGuard, Origin},
+    fence::Fence,
     files::{make_private_dir, write_atomic},
     host::{Images, VmHost},
     ledger::{Ledger, Loaded},
@@ -63,7 +64,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     let (nics, vms) = (blade.nics.clone(), config.run_dir.join("vm"));
     let opening = tokio::task::spawn_blocking(move || nics.start(&vms, &live));
     let names = tokio::spawn(blade.nics.clone().serve_names());
+    blade.fence.catch_up(&supervisor).await;
     let mut serving = JoinSet::new();
+    let (fenced, watching, until) = (blade.clone(), supervisor.clone(), shutdown.clone());
+    serving.spawn(async move {
+        fenced.fence.watch_over(watching, until).await;
+        Ok(())
+    });
     if let Some(address) = config.metrics_listen {
         let listener = tokio::net::TcpListener::bind(address)
             .await
@@ -166,6 +173,8 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     if let Some(lack) = nics.lack() {
         tracing::info!(reason = %lack, "microVMs of this blade have no NIC");
     }
+    let boot_id = capacity::boot_id().context("reading the machine's boot id")?;
+    let fence = Fence::open(state, &boot_id).context("reading the blade's lease")?;
     let options = DirectHostOptions {
         vms,
         kernel,
@@ -173,6 +182,7 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         far_vmm: config.far_vmm.clone(),
         backend: config.backend,
         nics: nics.clone(),
+        lease_file: fence.file().to_owned(),
     };
     let host: Arc<dyn VmHost> = Arc::new(DirectHost::new(options, found));
     let images: Arc<dyn Images> = Arc::new(Store::open(&state.join("images"))?);
@@ -193,7 +203,6 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         log_max_bytes: config.log_max_bytes,
         heartbeat: config.heartbeat_interval,
     };
-    let boot_id = machine.boot_id.clone();
     let blade = Blade {
         clock: Clock::start(),
         ledger,
@@ -206,6 +215,7 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         limits,
         logs,
         boot_id,
+        fence,
         images_changed: tokio::sync::Notify::new(),
         shutdown,
     };

@@ -32,6 +32,8 @@ pub enum VmmEnd {
         /// What is known, for people.
         message: String,
     },
+    /// far-vmm ended it because the blade's lease was over.
+    Fenced,
     /// Neither a process nor a record of its end was found.
     Vanished {
         /// The blade's kernel started anew since.
@@ -89,6 +91,13 @@ fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (End
                 reason,
                 format!("ran longer than spec.activeDeadlineSeconds ({limit} s)"),
             ),
+            EndReason::NodeLost => (
+                reason,
+                exit_text(
+                    record.exit.as_ref(),
+                    "no controller answered the blade for the whole fence time",
+                ),
+            ),
             _ => (reason, exit_text(record.exit.as_ref(), "was told to end")),
         };
     }
@@ -96,6 +105,11 @@ fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (End
         return decide_by_report(exit);
     }
     match (forced, vmm) {
+        (_, VmmEnd::Fenced) => (
+            EndReason::NodeLost,
+            "no controller answered the blade for the whole fence time, after which the agent may be started elsewhere"
+                .to_owned(),
+        ),
         (Some(Forced::Refused { reason, message }), _) => (*reason, message.clone()),
         // What the machine itself said is nearer to the cause than our own time limit.
         (_, VmmEnd::KernelPanic { message }) => (

@@ -17,6 +17,7 @@ use crate::{
     capacity::Machine,
     config::ControllerConfig,
     epoch::{EpochGuard, Origin},
+    fence::Fence,
     sparing::Sparing,
 };
 use anyhow::{Context, Result};
@@ -330,15 +331,25 @@ impl Agent {
             capacity: Some(capacity),
             labels: self.config.labels.clone().into_iter().collect(),
         };
+        let sent = Fence::now();
         let answer = client
             .heartbeat(request)
             .await
             .context("sending a heartbeat")?
             .into_inner();
-        if answer.epoch > 0
-            && let Err(error) = self.epochs.check(Origin::Controller, answer.epoch)
-        {
-            tracing::warn!(%error, "a heartbeat was answered by an old controller");
+        let old = match answer.epoch {
+            0 => None,
+            epoch => self.epochs.check(Origin::Controller, epoch).err(),
+        };
+        match old {
+            Some(error) => tracing::warn!(%error, "a heartbeat was answered by an old controller"),
+            None if answer.unreached => tracing::warn!("the controller cannot call this blade"),
+            None => {
+                let node = self.node.clone();
+                let fence_after = (answer.fence_after_ms > 0).then(|| Duration::from_millis(answer.fence_after_ms));
+                let renewed = tokio::task::spawn_blocking(move || node.fence.renew(sent, fence_after)).await?;
+                renewed.context("renewing the blade's lease")?;
+            }
         }
         Ok(Duration::from_millis(answer.interval_ms.clamp(100, 60_000).into()))
     }

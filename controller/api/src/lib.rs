@@ -35,7 +35,7 @@ pub use pool::{
 };
 pub use quantity::Quantity;
 pub use scheduling::TaintEffect;
-pub use status::{BootResources, Claimed, FarAgentStatus, Phase};
+pub use status::{BootResources, Claimed, FarAgentStatus, LastAttempt, Phase};
 pub use storage::{EmptyDir, Scratch, Volume};
 pub use task::{FarQueue, FarQueueSpec, FarQueueStatus, FarTask, FarTaskSpec, FarTaskStatus, TaskPhase};
 

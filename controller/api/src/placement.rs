@@ -171,7 +171,9 @@ fn selector(selector: &LabelSelector) -> Selector {
     }
 }
 
-fn toleration(toleration: &Toleration) -> placement::Toleration {
+/// What a toleration bears.
+#[must_use]
+pub fn toleration(toleration: &Toleration) -> placement::Toleration {
     let is_any_value = toleration.operator == Some(TolerationOperator::Exists);
     placement::Toleration {
         key: toleration.key.clone(),
@@ -188,7 +190,9 @@ fn effect(effect: TaintEffect) -> Effect {
     }
 }
 
-fn taint(taint: &Taint) -> placement::Taint {
+/// A taint as placement reads it.
+#[must_use]
+pub fn taint(taint: &Taint) -> placement::Taint {
     placement::Taint {
         key: taint.key.clone(),
         value: taint.value.clone().unwrap_or_default(),

@@ -49,9 +49,27 @@ pub struct FarAgentStatus {
     /// When the attempt ended, by the blade's clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
-    /// How often the agent was booted again.
+    /// Attempts that had begun, ended, and were followed by another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restarts: Option<u32>,
+    /// Ends that count against spec.backoffLimit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failures: Option<u32>,
+    /// Failures of blades since infrastructureFailuresSince: 20 within 10 minutes are the most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub infrastructure_failures: Option<u32>,
+    /// When the first of them was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub infrastructure_failures_since: Option<Time>,
+    /// When the agent was first placed: spec.activeDeadlineSeconds counts from here, over all attempts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_since: Option<Time>,
+    /// Between two attempts: the next one is not placed before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_attempt_at: Option<Time>,
+    /// How the attempt before the current one ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_attempt: Option<LastAttempt>,
     /// Digest of the image that was booted, sha256:...
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
@@ -80,6 +98,39 @@ pub struct Claimed {
     pub uid: String,
     /// Its attempt.
     pub attempt: u32,
+}
+
+/// How an attempt ended that was followed by another. The fields are those of the status of an ended agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LastAttempt {
+    /// Its number.
+    pub attempt: u32,
+    /// Its blade.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 63))]
+    pub node_name: Option<String>,
+    /// Why it ended.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// The same as a sentence.
+    #[serde(default)]
+    #[schemars(length(max = 4096))]
+    pub message: String,
+    /// Exit code the program reported; absent where no report was received.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// Number of the signal that ended the program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// When it ended, by its blade's clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Time>,
+    /// The last 2 KiB of its output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 8192))]
+    pub tail: Option<String>,
 }
 
 /// Where the agent stands, in one word.

@@ -95,6 +95,13 @@ pub(crate) enum Command {
     /// Show what agents may reach, and why a packet passes or not
     #[command(subcommand)]
     Net(crate::net::NetCommand),
+    /// Let a blade take no new agents; those that run stay
+    Cordon(crate::drain::CordonArgs),
+    /// Let a blade take agents again
+    Uncordon(crate::drain::CordonArgs),
+    /// Empty a blade, and wait until it is empty
+    #[command(after_help = crate::drain::EXAMPLES)]
+    Drain(crate::drain::DrainArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -135,6 +142,13 @@ pub(crate) enum PluginCommand {
     /// Show what agents may reach, and why a packet passes or not
     #[command(subcommand)]
     Net(crate::net::NetCommand),
+    /// Let a blade take no new agents; those that run stay
+    Cordon(crate::drain::CordonArgs),
+    /// Let a blade take agents again
+    Uncordon(crate::drain::CordonArgs),
+    /// Empty a blade, and wait until it is empty
+    #[command(after_help = crate::drain::EXAMPLES)]
+    Drain(crate::drain::DrainArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

@@ -266,6 +266,13 @@ impl Api {
         self.send(Method::PATCH, &path, body, "application/json").await
     }
 
+    /// Merge patch of exactly what is given.
+    pub(crate) async fn merge(&self, path: &str, change: &Value) -> Result<Value, ClusterError> {
+        let path = format!("{path}?fieldManager={FIELD_MANAGER}&fieldValidation=Strict");
+        let body = Some(("application/merge-patch+json", change));
+        self.send(Method::PATCH, &path, body, "application/json").await
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> Result<Value, ClusterError> {
         self.send(Method::DELETE, path, None, "application/json").await
     }

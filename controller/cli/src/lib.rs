@@ -15,6 +15,7 @@ mod describe;
 mod doctor;
 mod documents;
 mod down;
+mod drain;
 mod exec;
 mod exit;
 mod explain;
@@ -81,6 +82,9 @@ pub fn far() -> ExitCode {
             Command::Top(args) => top::top(&cluster, &folders, &args).await,
             Command::Token(args) => token::token(&cluster, &args).await,
             Command::Net(command) => net::net(&cluster, &folders, &command).await,
+            Command::Cordon(args) => drain::cordon(&cluster, &args).await,
+            Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
+            Command::Drain(args) => drain::drain(&cluster, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
@@ -106,6 +110,9 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Top(args) => top::top(&cluster, &folders, &args).await,
             PluginCommand::Explain(args) => explain::explain(&cluster, &args).await,
             PluginCommand::Net(command) => net::net(&cluster, &folders, &command).await,
+            PluginCommand::Cordon(args) => drain::cordon(&cluster, &args).await,
+            PluginCommand::Uncordon(args) => drain::uncordon(&cluster, &args).await,
+            PluginCommand::Drain(args) => drain::drain(&cluster, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

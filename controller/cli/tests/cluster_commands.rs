@@ -189,3 +189,40 @@ async fn a_watch_prints_every_change() {
     watch.kill().unwrap();
     watch.wait().unwrap();
 }
+
+#[tokio::test]
+async fn a_blade_is_cordoned_drained_and_let_back_in() {
+    let Some(machine) = Machine::with_api("a_blade_is_cordoned_drained_and_let_back_in").await else {
+        return;
+    };
+    let (code, _, err) = machine.far(&["cordon", "b7"]).await;
+    assert!(
+        code == 1 && err.contains("b7") && err.contains("not found"),
+        "{code} {err}"
+    );
+    let file = machine.file(
+        "blade.yaml",
+        "apiVersion: tiffany.dev/v1alpha1\nkind: FarNode\nmetadata: {name: b7}\nspec: {}\n",
+    );
+    assert_eq!(machine.far(&["apply", "-f", &file]).await.0, 0);
+    let spec = async || {
+        let (_, out, _) = machine.far(&["get", "farnode", "b7", "-o", "json"]).await;
+        serde_json::from_str::<Value>(&out).unwrap()["spec"].clone()
+    };
+    let (code, out, err) = machine.far(&["cordon", "b7"]).await;
+    assert_eq!((code, out.as_str()), (0, "blade b7 cordoned\n"), "{err}");
+    assert_eq!(spec().await, json!({"unschedulable": true}));
+    let (code, out, err) = machine.far(&["drain", "b7", "--deadline", "10m", "-o", "json"]).await;
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (code, told),
+        (0, json!({"blade": "b7", "state": "drained", "agents": []})),
+        "{err}"
+    );
+    assert_eq!(spec().await["drain"], json!({"policy": "Wait", "deadlineSeconds": 600}));
+    let (_, out, _) = machine.far(&["drain", "b7", "--evict", "--no-wait"]).await;
+    assert_eq!(out, "blade b7 draining\n");
+    assert_eq!(spec().await["drain"], json!({"policy": "Evict"}));
+    let (_, out, _) = machine.far(&["uncordon", "b7"]).await;
+    assert_eq!((out.as_str(), spec().await), ("blade b7 uncordoned\n", json!({})));
+}

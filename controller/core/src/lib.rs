@@ -5,8 +5,10 @@
 //! claimed about it.
 #![forbid(unsafe_code)]
 
+pub mod eviction;
 pub mod identity;
 pub mod lifecycle;
 pub mod placement;
 pub mod quantity;
+pub mod retry;
 pub mod status;

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! Pending ─► Scheduled ─► Starting ─► Running ─► Completed | Failed
-//!    ▲           │  (the blade refused)    ◄──► Unknown (the blade is not heard of)
-//!    └───────────┘
+//!    ▲           │            │    ◄──► Unknown (the blade is not heard of)
+//!    └───────────┴────────────┘ (the blade refused; the attempt ended and another follows; suspended)
 //! ```
 //! Invariant: no exit code without an exit report. Invariant: nothing changes a final status.
+
+use crate::retry::{Counts, Rules, Verdict, verdict};
 
 /// Where an agent stands, in one word; derived from the conditions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -32,18 +34,20 @@ pub enum ConditionKind {
     Ready,
     Completed,
     Failed,
+    Sleeping,
     NodeLost,
 }
 
 impl ConditionKind {
     /// Every kind.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Scheduled,
         Self::ImageReady,
         Self::Booted,
         Self::Ready,
         Self::Completed,
         Self::Failed,
+        Self::Sleeping,
         Self::NodeLost,
     ];
 
@@ -57,6 +61,7 @@ impl ConditionKind {
             Self::Ready => "Ready",
             Self::Completed => "Completed",
             Self::Failed => "Failed",
+            Self::Sleeping => "Sleeping",
             Self::NodeLost => "NodeLost",
         }
     }
@@ -200,6 +205,20 @@ impl Report {
     }
 }
 
+/// How the attempt before the current one ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // As in the status of an attempt that has ended.
+pub struct LastAttempt {
+    pub attempt: u32,
+    pub node: Option<String>,
+    pub reason: String,
+    pub message: String,
+    pub exit_code: Option<i32>,
+    pub signal: Option<i32>,
+    pub finished_at: Option<Stamp>,
+    pub tail: Option<String>,
+}
+
 /// What is claimed of an agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
@@ -229,6 +248,16 @@ pub struct Status {
     pub tail: Option<String>,
     /// Warm agent whose microVM the attempt takes over instead of a boot.
     pub claimed: Option<Claim>,
+    /// Attempts that had begun and were followed by another.
+    pub restarts: u32,
+    /// What counts towards the limits of retries.
+    pub counts: Counts,
+    /// When the first attempt was placed, seconds by the controller's clock; the deadline counts from here.
+    pub active_since: Option<i64>,
+    /// The next attempt is not placed before, seconds by the controller's clock.
+    pub next_attempt_at: Option<i64>,
+    /// How the attempt before the current one ended.
+    pub last_attempt: Option<LastAttempt>,
 }
 
 /// One boot of a warm agent.
@@ -276,6 +305,24 @@ pub enum Fact<'a> {
         /// A sentence.
         message: &'a str,
     },
+    /// The blade was not heard of for so long that it must have ended the attempt itself.
+    Fenced {
+        /// A sentence.
+        message: &'a str,
+    },
+    /// `spec.suspend` is true. Of an agent with a blade: its attempt is about to be ended for that.
+    Suspended,
+    /// The deadline over all attempts has passed while none ran.
+    DeadlinePassed,
+    /// The blade was asked to lay the microVM to sleep, or to wake it, and said that it cannot.
+    SleepRefused {
+        /// One word.
+        reason: &'a str,
+        /// A sentence.
+        message: &'a str,
+    },
+    /// The agent is no longer to sleep.
+    NotToSleep,
 }
 
 impl Status {
@@ -323,9 +370,33 @@ impl Status {
         matches!(self.phase(), Phase::Completed | Phase::Failed)
     }
 
-    /// The status after `fact`. Pure; a final status stays as it is.
+    /// Its attempt is ended, or about to be, because the agent is suspended.
+    #[must_use]
+    pub fn is_suspending(&self) -> bool {
+        self.node.is_some()
+            && self
+                .condition(ConditionKind::Scheduled)
+                .is_some_and(|one| one.reason == SUSPENDED)
+    }
+
+    /// It is told that the agent is suspended.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        self.node.is_none()
+            && self
+                .condition(ConditionKind::Scheduled)
+                .is_some_and(|one| one.reason == SUSPENDED)
+    }
+
+    /// [`Self::follow`] for an agent that is never tried again.
     #[must_use]
     pub fn after(&self, fact: &Fact<'_>) -> Self {
+        self.follow(fact, &Rules::default())
+    }
+
+    /// The status after `fact`, for an agent with these rules. Pure; a final status stays as it is.
+    #[must_use]
+    pub fn follow(&self, fact: &Fact<'_>, rules: &Rules) -> Self {
         use ConditionKind as Kind;
         let mut next = self.clone();
         if self.is_final() {
@@ -341,13 +412,13 @@ impl Status {
                 next = Self {
                     attempt: self.attempt.saturating_add(1),
                     node: Some((*blade).to_owned()),
-                    ..Self::default()
+                    active_since: self.active_since.or_else(|| Some(rules.now())),
+                    ..self.between_attempts()
                 };
                 next.set(Kind::Scheduled, true, "Placed", &format!("placed on blade {blade}"));
             }
             Fact::Refused { message } => {
-                next.node = None;
-                next.conditions.clear();
+                next = self.between_attempts();
                 next.set(Kind::Scheduled, false, "Refused", message);
                 next.why("Refused", message);
             }
@@ -361,20 +432,56 @@ impl Status {
                 next.set(Kind::Booted, false, "Rejected", message);
                 next.end(EndReason::Error, message);
             }
-            Fact::Forgotten => next.end(
+            Fact::Forgotten => next.conclude(
                 EndReason::NodeLost,
                 "the blade no longer knows this attempt, which it had begun; it is not booted a second time",
+                rules,
             ),
+            Fact::Fenced { message } => next.conclude(EndReason::NodeLost, message, rules),
+            Fact::Suspended if self.node.is_some() => {
+                next.set(
+                    Kind::Scheduled,
+                    true,
+                    SUSPENDED,
+                    "the attempt is ended because spec.suspend is true",
+                );
+            }
+            Fact::Suspended => {
+                next.set(Kind::Scheduled, false, SUSPENDED, "spec.suspend is true");
+                next.why(SUSPENDED, "spec.suspend is true");
+            }
+            Fact::DeadlinePassed => {
+                next.node = None;
+                let limit = rules.deadline_s.unwrap_or(0);
+                next.end(
+                    EndReason::DeadlineExceeded,
+                    &format!("spec.activeDeadlineSeconds ({limit} s) passed while no attempt ran"),
+                );
+            }
+            Fact::SleepRefused { reason, message } => next.set(Kind::Sleeping, false, reason, message),
+            Fact::NotToSleep => next.conditions.retain(|one| one.kind != Kind::Sleeping),
             Fact::BladeLost { message } => {
                 next.set(Kind::NodeLost, true, "NodeLost", message);
                 next.why("NodeLost", message);
             }
-            Fact::Seen(report) => next.learn(report),
+            Fact::Seen(report) => next.learn(report, rules),
         }
         next
     }
 
-    fn learn(&mut self, report: &Report) {
+    /// What stays when an attempt is over and the next one is not there yet.
+    fn between_attempts(&self) -> Self {
+        Self {
+            attempt: self.attempt,
+            restarts: self.restarts,
+            counts: self.counts,
+            active_since: self.active_since,
+            last_attempt: self.last_attempt.clone(),
+            ..Self::default()
+        }
+    }
+
+    fn learn(&mut self, report: &Report, rules: &Rules) {
         use ConditionKind as Kind;
         if report.attempt != self.attempt {
             return;
@@ -397,13 +504,13 @@ impl Status {
         match (report.stage, &report.end) {
             (Stage::Running, _) => self.set(Kind::Ready, true, "Started", ""),
             (Stage::Warm, _) => self.set(Kind::Ready, false, "Warm", "waits to be claimed"),
-            (Stage::Ended, Some(end)) => self.finish(report, end),
+            (Stage::Ended, Some(end)) => self.finish(report, end, rules),
             // An end without its description is no end that could be told; the next report brings it.
             (Stage::Ended, None) | (Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Stopping, _) => {}
         }
     }
 
-    fn finish(&mut self, report: &Report, end: &End) {
+    fn finish(&mut self, report: &Report, end: &End, rules: &Rules) {
         use ConditionKind as Kind;
         self.finished_at = report.finished_at;
         (self.exit_code, self.signal) = (end.exit_code, end.signal);
@@ -426,7 +533,59 @@ impl Status {
             ),
             (reason, _) => (reason, end.message.clone()),
         };
-        self.end(reason, &message);
+        self.conclude(reason, &message, rules);
+    }
+
+    /// The attempt has ended: so has the agent, or it waits for the next attempt.
+    fn conclude(&mut self, reason: EndReason, message: &str, rules: &Rules) {
+        if reason == EndReason::Evicted && self.is_suspending() {
+            // As if it had never been placed; the deadline begins anew, as for Jobs.
+            let last = self.as_last(reason, message);
+            *self = Self {
+                active_since: None,
+                last_attempt: Some(last),
+                ..self.between_attempts()
+            };
+            self.set(ConditionKind::Scheduled, false, SUSPENDED, "spec.suspend is true");
+            self.why(SUSPENDED, "spec.suspend is true");
+            return;
+        }
+        match verdict(reason, self.started_at.is_some(), self.counts, self.active_since, rules) {
+            Verdict::Final(None) => self.end(reason, message),
+            Verdict::Final(Some(limit)) => self.end(reason, &format!("{message}; {limit}")),
+            Verdict::Again { counts, at } => self.go_on(reason, message, counts, at),
+        }
+    }
+
+    fn go_on(&mut self, reason: EndReason, message: &str, counts: Counts, at: i64) {
+        let text = format!(
+            "attempt {} ended with {}: {message}; another follows",
+            self.attempt,
+            reason.as_str()
+        );
+        *self = Self {
+            // Of an attempt that no blade spoke of nothing is known to have begun.
+            restarts: self.restarts + u32::from(self.condition(ConditionKind::Booted).is_some()),
+            counts,
+            next_attempt_at: Some(at),
+            last_attempt: Some(self.as_last(reason, message)),
+            ..self.between_attempts()
+        };
+        self.set(ConditionKind::Scheduled, false, RETRYING, &text);
+        self.why(RETRYING, &text);
+    }
+
+    fn as_last(&self, reason: EndReason, message: &str) -> LastAttempt {
+        LastAttempt {
+            attempt: self.attempt,
+            node: self.node.clone(),
+            reason: reason.as_str().to_owned(),
+            message: message.to_owned(),
+            exit_code: self.exit_code,
+            signal: self.signal,
+            finished_at: self.finished_at,
+            tail: self.tail.clone(),
+        }
     }
 
     fn end(&mut self, reason: EndReason, message: &str) {
@@ -465,6 +624,10 @@ impl Status {
 
 /// Reason of Booted while the blade works towards it.
 const PREPARING: &str = "Preparing";
+/// Reason of Scheduled while `spec.suspend` keeps the agent from a blade.
+const SUSPENDED: &str = "Suspended";
+/// Reason of Scheduled between two attempts.
+const RETRYING: &str = "Retrying";
 
 #[cfg(test)]
 mod tests;

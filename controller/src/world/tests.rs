@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use far_api::{FarAgent, FarNode};
+use far_core::status::{End, EndReason};
 use futures::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 
@@ -141,12 +142,12 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
     ] {
         let world = World::new(1, Packing::Spread, lost_after, fence_after);
         world.observe_node(&node("b1"));
-        assert_eq!(world.view("one", &on_b1).0, expected, "never reached");
+        assert_eq!(world.view("one", &on_b1, &[]).blade, expected, "never reached");
         world.synced("b1", &HashSet::new());
-        assert_eq!(world.view("one", &on_b1).0, BladeView::Connected);
+        assert_eq!(world.view("one", &on_b1, &[]).blade, BladeView::Connected);
         world.unsynced("b1");
         world.observe_node(&node("b1"));
-        assert_eq!(world.view("one", &on_b1).0, expected, "reached no more");
+        assert_eq!(world.view("one", &on_b1, &[]).blade, expected, "reached no more");
     }
 }
 
@@ -167,17 +168,129 @@ fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() 
     assert_eq!(place(&world, &one).unwrap(), "b1");
 }
 
+fn ended(attempt: u32, reason: EndReason) -> Report {
+    let end = End {
+        reason,
+        exit_code: None,
+        signal: None,
+        message: String::new(),
+        tail: String::new(),
+    };
+    Report {
+        attempt,
+        stage: Stage::Ended,
+        image_digest: String::new(),
+        resources: None,
+        booted: false,
+        started_at: None,
+        finished_at: None,
+        end: Some(end),
+        message: String::new(),
+    }
+}
+
 #[test]
 fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_there() {
     let world = World::new(1, Packing::Spread, LONG, LONG);
     let on = |node: Value, attempt: u32| agent("one", json!({"nodeName": node, "attempt": attempt}));
-    assert!(world.is_orphan("b1", "one", 1), "no such agent");
+    let runs = |attempt| Report {
+        stage: Stage::Running,
+        end: None,
+        ..ended(attempt, EndReason::Error)
+    };
+    assert!(world.is_orphan("b1", "one", &runs(1)), "no such agent");
     world.observe(&on(json!("b1"), 1), false);
-    assert!(!world.is_orphan("b1", "one", 1));
-    assert!(world.is_orphan("b2", "one", 1), "it is on another blade");
+    assert!(!world.is_orphan("b1", "one", &runs(1)));
+    assert!(world.is_orphan("b2", "one", &runs(1)), "it is on another blade");
     world.observe(&on(Value::Null, 1), false);
-    assert!(world.is_orphan("b1", "one", 1), "the blade refused it");
+    assert!(
+        world.is_orphan("b1", "one", &ended(1, EndReason::Evicted)),
+        "the blade refused it"
+    );
+    assert!(
+        !world.is_orphan("b1", "one", &ended(1, EndReason::Error)),
+        "the output of the attempt before"
+    );
     world.observe(&on(json!("b1"), 2), false);
-    assert!(world.is_orphan("b1", "one", 1), "another attempt is there");
-    assert!(!world.is_orphan("b1", "one", 2) && !world.is_orphan("b1", "one", 3));
+    assert!(world.is_orphan("b1", "one", &runs(1)), "another attempt is there");
+    assert!(
+        !world.is_orphan("b1", "one", &ended(1, EndReason::Error)),
+        "it is told of until a third one is there"
+    );
+    assert!(!world.is_orphan("b1", "one", &runs(2)) && !world.is_orphan("b1", "one", &runs(3)));
+    world.observe(&on(json!("b2"), 3), false);
+    assert!(world.is_orphan("b1", "one", &ended(1, EndReason::Error)));
+    assert!(!world.is_orphan("b1", "one", &ended(2, EndReason::Error)));
+}
+
+#[test]
+fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
+    let world = World::new(1, LONG, LONG);
+    let one = |node: Value, version: &str| {
+        let mut one = agent("one", json!({"nodeName": node, "attempt": 1}));
+        one.metadata.resource_version = Some(version.to_owned());
+        one
+    };
+    world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
+    world.observe(&one(json!("b1"), "1"), false);
+    let other = agent("other", Value::Null);
+    world.observe(&other, false);
+    assert!(place(&world, &other).is_err(), "it is full");
+    marked(&world);
+    world.observe(&one(Value::Null, "2"), true);
+    assert_eq!(marked(&world), ["other"]);
+    assert_eq!(place(&world, &other).unwrap(), "b1");
+}
+
+#[test]
+fn agents_leave_a_blade_that_is_emptied_or_that_they_cannot_bear() {
+    let world = World::new(1, LONG, LONG);
+    let on_b1 = Status {
+        node: Some("b1".into()),
+        ..Status::default()
+    };
+    let mut blade = node("b1");
+    let leaves = |patience: &[Patience]| {
+        world
+            .view("one", &on_b1, patience)
+            .leaves_at
+            .map(|at| at <= Instant::now())
+    };
+    let spec = |spec: Value| serde_json::from_value(spec).unwrap();
+    for (why, given, expected) in [
+        ("nothing asks for it", json!({}), None),
+        ("cordoned", json!({"unschedulable": true}), None),
+        (
+            "a taint for others",
+            json!({"taints": [{"key": "a", "effect": "NoSchedule"}]}),
+            None,
+        ),
+        (
+            "a taint for all",
+            json!({"taints": [{"key": "a", "effect": "NoExecute"}]}),
+            Some(true),
+        ),
+        ("emptied by waiting", json!({"drain": {"policy": "Wait"}}), None),
+        (
+            "emptied by a deadline",
+            json!({"drain": {"policy": "Wait", "deadlineSeconds": 60}}),
+            Some(false),
+        ),
+        ("emptied at once", json!({"drain": {"policy": "Evict"}}), Some(true)),
+    ] {
+        blade.spec = spec(given);
+        world.observe_node(&blade);
+        assert_eq!(leaves(&[]), expected, "{why}");
+    }
+    blade.spec = spec(json!({"taints": [{"key": "a", "effect": "NoExecute"}]}));
+    world.observe_node(&blade);
+    let bears = |seconds| Patience {
+        toleration: far_core::placement::Toleration::default(),
+        seconds,
+    };
+    assert_eq!(
+        (leaves(&[bears(None)]), leaves(&[bears(Some(60))])),
+        (None, Some(false))
+    );
 }

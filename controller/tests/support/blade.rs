@@ -323,6 +323,16 @@ impl Fake {
             .collect()
     }
 
+    /// Attempts of the agent that have not ended.
+    pub fn live(&self, uid: &str) -> Vec<u32> {
+        let ledger = self.ledger.lock().unwrap();
+        let of_this = ledger
+            .agents
+            .iter()
+            .filter(|((one, _), state)| one == uid && state.phase() != Phase::Ended);
+        of_this.map(|((_, attempt), _)| *attempt).collect()
+    }
+
     pub fn most_boots(&self) -> u32 {
         self.ledger.lock().unwrap().boots.values().copied().max().unwrap_or(0)
     }
@@ -392,11 +402,9 @@ impl Fake {
     }
 
     pub fn spec(&self, uid: &str) -> Option<AgentSpec> {
-        self.ledger.lock().unwrap().specs.get(&self.key_locked(uid)).cloned()
-    }
-
-    fn key_locked(&self, uid: &str) -> (String, u32) {
-        (uid.to_owned(), 1)
+        let ledger = self.ledger.lock().unwrap();
+        let mut specs = ledger.specs.iter();
+        specs.rfind(|((one, _), _)| one == uid).map(|(_, spec)| spec.clone())
     }
 
     pub fn phase(&self, uid: &str) -> Option<Phase> {
@@ -456,6 +464,17 @@ impl Node for Fake {
         let (identity, key) = key_of(request.identity)?;
         let mut ledger = self.ledger.lock().unwrap();
         ledger.ensured += 1;
+        let of_this = ledger.agents.iter().filter(|((uid, _), _)| *uid == key.0);
+        let newer = of_this.clone().any(|((_, attempt), _)| *attempt > key.1);
+        let runs = of_this
+            .clone()
+            .any(|((_, attempt), state)| *attempt < key.1 && state.phase() != Phase::Ended);
+        if newer {
+            return Err(Status::already_exists("a newer attempt is known"));
+        }
+        if runs {
+            return Err(Status::resource_exhausted("an older attempt has not ended"));
+        }
         if let Some(state) = ledger.agents.get(&key) {
             return Ok(Response::new(state.clone()));
         }
@@ -537,8 +556,12 @@ impl Node for Fake {
     async fn stop_agent(&self, request: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {
         let request = request.into_inner();
         self.check(request.epoch)?;
+        let reason = match request.reason() {
+            EndReason::Unspecified => EndReason::Signal,
+            reason => reason,
+        };
         let (identity, key) = key_of(request.identity)?;
-        let known = self.change(&key, |state| end(state, EndReason::Signal, None, "stopped"));
+        let known = self.change(&key, |state| end(state, reason, None, "stopped"));
         let state = known.unwrap_or_else(|| {
             let mut state = AgentState {
                 identity: Some(identity),
@@ -549,6 +572,14 @@ impl Node for Fake {
             state
         });
         Ok(Response::new(state))
+    }
+
+    async fn sleep_agent(&self, _: Request<SleepAgentRequest>) -> Result<Response<AgentState>, Status> {
+        Err(Status::unimplemented("a fake blade saves no memory"))
+    }
+
+    async fn resurrect_agent(&self, _: Request<ResurrectAgentRequest>) -> Result<Response<AgentState>, Status> {
+        Err(Status::unimplemented("a fake blade saves no memory"))
     }
 
     async fn forget_agent(

@@ -104,6 +104,8 @@ impl Cluster {
         config.issue_join_token_file = Some(self.token_file());
         config.ca_out = Some(self.ca_file());
         config.heartbeat_ms = 200;
+        config.fence_margin = Duration::from_millis(200);
+        config.retry_after = Duration::from_millis(100);
         // Blades keep one address across restarts of the controller.
         if !self.address.is_empty() {
             config.listen = self.address.parse().unwrap();

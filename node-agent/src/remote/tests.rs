@@ -105,6 +105,7 @@ impl Blades for Controller {
             interval_ms: 100,
             epoch: 7,
             fence_after_ms: 0,
+            unreached: false,
         }))
     }
 }

@@ -245,6 +245,7 @@ impl World {
             },
             logs: self.dir.path().join("logs"),
             boot_id: self.boot_id.clone(),
+            fence: crate::fence::Fence::open(self.dir.path(), &self.boot_id).unwrap(),
             images_changed: Notify::new(),
             shutdown: CancellationToken::new(),
         });

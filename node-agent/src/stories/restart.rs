@@ -6,6 +6,7 @@ use crate::{
     record::{EndReason, Phase},
 };
 use far_proto::guest::Stage;
+use std::time::Duration;
 
 /// Steps at which far-node is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -264,4 +265,38 @@ async fn after_a_reboot_of_the_blade_no_limit_speaks_first() {
     world.boot_id = "boot-2".into();
     let node = world.start().await;
     assert_eq!(node.until_ended().await.reason, EndReason::BladeRebooted);
+}
+
+#[tokio::test]
+async fn when_the_lease_is_over_the_agents_end_also_while_far_node_is_dead() {
+    let world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    node.until_phase(Phase::Starting).await;
+    while world.host.boots(&vm()) == 0 {
+        tokio::task::yield_now().await;
+    }
+    node.supervisor.blade().fence.renew(0, Some(Duration::ZERO)).unwrap();
+    node.kill().await;
+    // far-vmm reads the same lease.
+    world.host.end(&vm(), VmmEnd::Fenced);
+    let node = world.start().await;
+    assert_eq!(node.until_ended().await.reason, EndReason::NodeLost);
+    assert_eq!(world.host.boots(&vm()), 1);
+}
+
+#[tokio::test]
+async fn an_attempt_that_has_no_microvm_when_the_lease_is_over_never_gets_one() {
+    let world = World::new();
+    let node = world.start().await;
+    // Without its secrets it waits.
+    let waiting = spec().without_secrets().into();
+    node.supervisor.ensure(identity(1), waiting).await.unwrap();
+    node.supervisor.blade().fence.renew(0, Some(Duration::ZERO)).unwrap();
+    node.kill().await;
+    let node = world.start().await;
+    node.supervisor.blade().fence.catch_up(&node.supervisor).await;
+    assert_eq!(node.until_ended().await.reason, EndReason::NodeLost);
+    node.ensure().await;
+    assert_eq!(world.host.boots(&vm()), 0, "also when they come later");
 }

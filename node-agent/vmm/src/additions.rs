@@ -37,6 +37,9 @@ pub struct Additions {
     /// Path of the network namespace the VMM runs in; absent: far-vmm's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub netns: Option<PathBuf>,
+    /// The VM ends when the lease in this file is over (see [`crate::lease`]); absent: it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_file: Option<PathBuf>,
     /// Stay after the VMM ended, answering the control socket, until released or the folder is gone; absent: true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tombstone: Option<bool>,
@@ -105,6 +108,8 @@ pub struct Settings {
     pub console_max_bytes: u64,
     /// Network namespace the VMM runs in.
     pub netns: Option<PathBuf>,
+    /// The VM's lease.
+    pub lease_file: Option<PathBuf>,
     /// Stay after the end.
     pub tombstone: bool,
     /// Socket between QEMU and the vsock daemon.
@@ -161,6 +166,7 @@ impl Additions {
             console_file: at(&self.console_file, "console.log"),
             console_max_bytes: self.console_max_bytes.unwrap_or(DEFAULT_CONSOLE_MAX_BYTES),
             netns: self.netns.as_deref().map(|path| folder.join(path)),
+            lease_file: self.lease_file.as_deref().map(|path| folder.join(path)),
             tombstone: self.tombstone.unwrap_or(true),
             vhost_socket: at(&self.vhost_socket, "vhost.sock"),
             tools: crate::probe::Tools {

@@ -70,6 +70,8 @@ pub enum Asked {
     Signal,
     /// far-vmm itself: the vsock daemon ended while the VM ran, which cuts the VM off for good.
     VsockLost,
+    /// far-vmm itself: the lease was not renewed in time.
+    LeaseOver,
 }
 
 impl ExitRecord {

@@ -9,6 +9,7 @@ pub mod backend;
 pub mod config;
 pub mod control;
 pub mod exit;
+pub mod lease;
 pub mod probe;
 pub mod pvh;
 pub mod run;

@@ -6,6 +6,7 @@ use common::{Vm, qemu_or_skip};
 use far_vmm::{
     control::{AsyncClient, State},
     exit::{Asked, ExitCause},
+    lease,
     pvh::Then,
 };
 use std::{
@@ -194,6 +195,38 @@ fn a_signal_to_far_vmm_ends_everything_and_is_recorded() {
         common::wait_gone(&pids);
         assert_eq!(vm.exit_record().unwrap().asked, Some(Asked::Signal), "{signal}");
     }
+}
+
+#[test]
+fn a_vm_whose_lease_is_not_renewed_is_ended_by_far_vmm_alone() {
+    let Some(tools) = qemu_or_skip("a_vm_whose_lease_is_not_renewed_is_ended_by_far_vmm_alone") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let lease = folder.path().join("lease");
+    let renew = |until: u64| fs::write(&lease, until.to_string()).unwrap();
+    renew(lease::now_ms() + 3_600_000);
+    let vm = Vm::boot_with(
+        &tools,
+        b"up\n",
+        Then::Halt,
+        |_| {},
+        |additions| {
+            additions.lease_file = Some(lease.clone());
+        },
+    );
+    vm.wait_console("up");
+    let pids = vm.children();
+    assert_eq!(vm.exit_record(), None, "it runs while the lease lasts");
+    renew(lease::now_ms());
+    let record = vm.wait_ended();
+    assert_eq!(
+        (record.signal, record.asked),
+        (Some(9), Some(Asked::LeaseOver)),
+        "{record:?}"
+    );
+    assert!(!record.is_clean());
+    common::wait_gone(&pids);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::{
 use far_proto::node::{
     AgentState, CapacityRequest, ClaimAgentRequest, EnsureAgentRequest, Event, ForgetAgentRequest, ForgetAgentResponse,
     Image, ListAgentsRequest, ListAgentsResponse, ListImagesRequest, ListImagesResponse, LoadImageRequest, LogChunk,
-    LogsRequest, NodeCapacity, RemoveImageRequest, RemoveImageResponse, StopAgentRequest, Stream as OutputStream,
-    WatchEventsRequest,
+    LogsRequest, NodeCapacity, RemoveImageRequest, RemoveImageResponse, ResurrectAgentRequest, SleepAgentRequest,
+    StopAgentRequest, Stream as OutputStream, WatchEventsRequest,
     node_server::{Node, NodeServer},
 };
 use futures::Stream;
@@ -167,6 +167,12 @@ impl Node for Blade {
     }
     async fn stop_agent(&self, _: Request<StopAgentRequest>) -> Result<Response<AgentState>, Status> {
         std::future::pending().await
+    }
+    async fn sleep_agent(&self, _: Request<SleepAgentRequest>) -> Result<Response<AgentState>, Status> {
+        not_here()
+    }
+    async fn resurrect_agent(&self, _: Request<ResurrectAgentRequest>) -> Result<Response<AgentState>, Status> {
+        not_here()
     }
     async fn forget_agent(&self, _: Request<ForgetAgentRequest>) -> Result<Response<ForgetAgentResponse>, Status> {
         not_here()

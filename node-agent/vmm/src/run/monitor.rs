@@ -12,6 +12,7 @@ use crate::{
     console::{Console, Tail},
     control::{Answer, Request, State, Status},
     exit::{Asked, CONSOLE_TAIL_BYTES, ExitCause, ExitRecord},
+    lease,
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -154,6 +155,7 @@ impl Monitor {
 
     /// Until the VMM has ended; its record.
     pub(crate) fn watch_vmm(&mut self) -> ExitRecord {
+        self.look_at_lease();
         loop {
             if let Some(status) = self.vmm.as_mut().and_then(|vmm| vmm.process.ended()) {
                 return self.vmm_ended(status);
@@ -193,6 +195,15 @@ impl Monitor {
                 self.going = true;
                 self.kill(Asked::Release);
             }
+            self.look_at_lease();
+        }
+    }
+
+    /// Nobody but far-vmm may be left to end the VM.
+    fn look_at_lease(&mut self) {
+        let file = self.settings.lease_file.as_ref();
+        if self.asked.is_none() && file.is_some_and(|file| lease::is_over(file, lease::now_ms())) {
+            self.kill(Asked::LeaseOver);
         }
     }
 
@@ -341,6 +352,7 @@ impl Monitor {
         let words = self.last_words();
         let message = match (&panic, self.asked) {
             (_, Some(Asked::VsockLost)) => words,
+            (_, Some(Asked::LeaseOver)) => "the blade's lease was not renewed in time".into(),
             (Some(line), _) => line.clone(),
             (None, Some(asked)) => format!("the VMM was ended on request ({asked:?}): {}", describe(status)),
             (None, None) if status.success() => "the VMM ended by itself: the guest reset or powered off".into(),
