@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use far_api::{Env, FarAgent, FileSource, KeyRef, Quantity};
+use far_api::{Env, FarAgent, FileSource, KeyRef, Quantity, StartPolicy};
 use far_core::quantity;
 use far_proto::node as wire;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
@@ -53,12 +53,14 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         config_maps: HashMap::new(),
         secrets: HashMap::new(),
     };
+    // What a warm agent runs comes with its claim: secrets that it would never use are not even read.
+    let is_warm = spec.start_policy == StartPolicy::OnClaim;
     let mut env = Vec::new();
-    for (index, one) in spec.env.iter().flatten().enumerate() {
+    for (index, one) in spec.env.iter().flatten().filter(|_| !is_warm).enumerate() {
         env.push(sources.env(index, one).await?);
     }
     let mut files = Vec::new();
-    for (index, one) in spec.files.iter().flatten().enumerate() {
+    for (index, one) in spec.files.iter().flatten().filter(|_| !is_warm).enumerate() {
         sources.file(index, one, &mut files).await?;
     }
     let bytes: usize = files.iter().map(|file| file.data.len()).sum();
@@ -98,6 +100,7 @@ pub(crate) async fn resolve(client: &Client, namespace: &str, agent: &FarAgent) 
         working_dir: spec.working_dir.clone(),
         scratch_mib,
         folders,
+        start_on_claim: is_warm,
         ..Default::default()
     })
 }

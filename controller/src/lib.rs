@@ -27,12 +27,18 @@ mod install;
 mod leader;
 mod links;
 mod nodes;
+mod pools;
 mod reconcile;
 mod registry;
 mod run;
 mod shared;
 mod status_writer;
+mod stock;
+mod tasks;
 pub mod tokens;
+mod tries;
+mod watching;
+mod work;
 mod world;
 
 pub use config::Config;

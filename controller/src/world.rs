@@ -19,7 +19,17 @@ use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
-use crate::{convert, dirty::Dirty};
+use crate::{
+    convert,
+    dirty::Dirty,
+    stock::{PoolKey, Stock},
+    tries::{QueueKey, Tries},
+    work::Work,
+};
+
+mod owned;
+
+pub(crate) use owned::{Asked, PoolMember};
 
 /// A blade that refused an agent is not asked again for this long.
 const REFUSAL: Duration = Duration::from_secs(10);
@@ -78,6 +88,9 @@ struct Inner {
     nodes: HashMap<String, Node>,
     /// Blades that are named but not there, since when.
     missing: HashMap<String, Instant>,
+    /// Agents that pools keep warm, and agents of tasks.
+    stock: Stock,
+    tries: Tries,
     /// (blade, uid): the newest attempt the blade speaks of.
     reports: HashMap<String, HashMap<String, Report>>,
 }
@@ -89,6 +102,9 @@ pub(crate) struct World {
     /// Placement's clock begins here.
     begun: Instant,
     pub(crate) dirty: Arc<Dirty>,
+    /// Pools and queues to look at.
+    pub(crate) pool_work: Work<PoolKey>,
+    pub(crate) queue_work: Work<QueueKey>,
     lost_after: Duration,
     fence_after: Duration,
 }
@@ -102,12 +118,16 @@ impl World {
             pending: HashSet::new(),
             nodes: HashMap::new(),
             missing: HashMap::new(),
+            stock: Stock::default(),
+            tries: Tries::default(),
             reports: HashMap::new(),
         };
         Self {
             inner: Mutex::new(inner),
             begun: Instant::now(),
             dirty: Arc::default(),
+            pool_work: Work::default(),
+            queue_work: Work::default(),
             lost_after,
             fence_after,
         }
@@ -151,6 +171,7 @@ impl World {
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
         }
+        self.note_owned(&mut inner, agent, &status);
         let Some(node) = &status.node else { return };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
         inner.pending.remove(&uid);
@@ -171,6 +192,7 @@ impl World {
             }
         }
         inner.pending.remove(uid);
+        self.forget_owned(&mut inner, uid);
         self.release_locked(&mut inner, uid);
     }
 
