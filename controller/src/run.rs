@@ -24,9 +24,11 @@ use crate::{
     metrics::Metrics,
     nodes::Nodes,
     pages::{Pages, Told, Works},
+    pools::Pools,
     reconcile::Context,
     registry::Registry,
     shared::Shared,
+    tasks::Tasks,
     tokens::{self, Revocations, Tokens},
     world::World,
 };
@@ -350,6 +352,29 @@ fn work(
         nodes_known,
         stop: stop.clone(),
     };
+    let pools = Pools {
+        client: client.clone(),
+        world: world.clone(),
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        pools.run(stopped).await;
+        Ok(())
+    });
+    let queues = Tasks {
+        client: client.clone(),
+        world: world.clone(),
+        backoff: config.task_backoff,
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        queues.run(stopped).await;
+        Ok(())
+    });
     let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {
         agents::run(client, world, context, agents_known, concurrency, stopped).await;

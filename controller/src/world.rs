@@ -4,6 +4,7 @@
 //! All of it is derived: from the watches, from the blades' event streams, and from the answers to our own writes.
 
 mod leaving;
+mod owned;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,8 +24,15 @@ use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
-use crate::{convert, dirty::Dirty};
+use crate::{
+    convert,
+    dirty::Dirty,
+    stock::{PoolKey, Stock},
+    tries::{QueueKey, Tries},
+    work::Work,
+};
 use leaving::Leaving;
+pub(crate) use owned::{Asked, PoolMember};
 
 /// Ends that speak against the blade rather than the agent.
 const BLADES_FAULTS: [EndReason; 4] = [
@@ -115,6 +123,9 @@ struct Inner {
     missing: HashMap<String, Instant>,
     /// When a blade was last told that it need not end its agents.
     fence_put_off: HashMap<String, Instant>,
+    /// Agents that pools keep warm, and agents of tasks.
+    stock: Stock,
+    tries: Tries,
     /// (blade, uid): the newest attempt the blade speaks of.
     reports: HashMap<String, HashMap<String, Report>>,
 }
@@ -126,6 +137,9 @@ pub(crate) struct World {
     /// Placement's clock begins here.
     begun: Instant,
     pub(crate) dirty: Arc<Dirty>,
+    /// Pools and queues to look at.
+    pub(crate) pool_work: Work<PoolKey>,
+    pub(crate) queue_work: Work<QueueKey>,
     lost_after: Duration,
     fence_after: Duration,
 }
@@ -139,12 +153,16 @@ impl World {
             nodes: HashMap::new(),
             missing: HashMap::new(),
             fence_put_off: HashMap::new(),
+            stock: Stock::default(),
+            tries: Tries::default(),
             reports: HashMap::new(),
         };
         Self {
             inner: Mutex::new(inner),
             begun: Instant::now(),
             dirty: Arc::default(),
+            pool_work: Work::default(),
+            queue_work: Work::default(),
             lost_after,
             fence_after,
         }
@@ -189,6 +207,7 @@ impl World {
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
         }
+        self.note_owned(&mut inner, agent, &status);
         let Some(node) = &status.node else {
             // Its attempt is over, or it asks for no blade any more: neither holds room nor stands in line. (A blade that
             // is chosen and not written yet is no change from one blade to none.)
@@ -224,6 +243,7 @@ impl World {
         }
         inner.scheduler.forget(uid, self.now());
         self.tell_woken(&mut inner);
+        self.forget_owned(&mut inner, uid);
     }
 
     /// After a complete list: whatever is not in it is gone.
