@@ -2,7 +2,8 @@
 
 pub(crate) use far_api::placement::{is_ready, request, taint, toleration};
 use far_api::{
-    BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase, placement,
+    BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase,
+    placement,
 };
 use far_core::{
     placement::Blade,
