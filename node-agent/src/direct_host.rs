@@ -419,6 +419,7 @@ mod tests {
             far_vmm: PathBuf::new(),
             backend: Backend::Qemu,
             nics: Nics::none("a test"),
+            lease_file: vms.path().join("lease"),
         };
         let host = DirectHost::new(options, far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default()));
         let vm = VmId::parse("fa-0123456789ab-1").unwrap();

@@ -273,6 +273,9 @@ async fn when_the_lease_is_over_the_agents_end_also_while_far_node_is_dead() {
     let node = world.start().await;
     node.ensure().await;
     node.until_phase(Phase::Starting).await;
+    while world.host.boots(&vm()) == 0 {
+        tokio::task::yield_now().await;
+    }
     node.supervisor.blade().fence.renew(0, Some(Duration::ZERO)).unwrap();
     node.kill().await;
     // far-vmm reads the same lease.

@@ -9,8 +9,8 @@ use std::{
 use far_proto::node::{
     AgentState, CapacityRequest, ClaimAgentRequest, EnsureAgentRequest, Event, ForgetAgentRequest, ForgetAgentResponse,
     Image, ListAgentsRequest, ListAgentsResponse, ListImagesRequest, ListImagesResponse, LoadImageRequest, LogChunk,
-    LogsRequest, NodeCapacity, RemoveImageRequest, RemoveImageResponse, StopAgentRequest, Stream as OutputStream,
-    WatchEventsRequest,
+    LogsRequest, NodeCapacity, RemoveImageRequest, RemoveImageResponse, ResurrectAgentRequest, SleepAgentRequest,
+    StopAgentRequest, Stream as OutputStream, WatchEventsRequest,
     node_server::{Node, NodeServer},
 };
 use futures::Stream;
