@@ -1,5 +1,7 @@
 //! What follows the end of an attempt, and what ends one: retries, suspension, expiry, sleep, lost blades, drains, taints.
 
+#![allow(clippy::unwrap_used)] // A panic in a helper is the report.
+
 mod support;
 
 use std::time::Duration;
