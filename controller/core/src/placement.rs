@@ -97,21 +97,20 @@ impl Placer {
         if known == Some(&blade) {
             return false;
         }
-        let is_in_use = self.fleet.slot(number).is_some_and(|slot| slot.used.vms > 0);
-        if is_in_use && known.map(|known| &known.labels) != Some(&blade.labels) {
-            self.peers.distrust();
-        }
-        self.fleet.set_blade(number, Some(blade));
-        self.index.blade_changed(&self.fleet, number);
+        self.set_blade(number, Some(blade));
         true
     }
 
     /// Forgets a blade. Reservations on it stay: its agents may still run.
     pub fn remove_blade(&mut self, name: &str) {
         let Some(number) = self.fleet.number(name) else { return };
-        self.fleet.set_blade(number, None);
+        self.set_blade(number, None);
+    }
+
+    fn set_blade(&mut self, number: u32, blade: Option<Blade>) {
+        self.fleet.set_blade(number, blade);
         self.index.blade_changed(&self.fleet, number);
-        self.peers.distrust();
+        self.peers.blade_changed(&self.fleet, number);
     }
 
     /// Whether a blade of this name is known and ready.
@@ -150,7 +149,7 @@ impl Placer {
     fn take_back(&mut self, uid: &str) -> Option<(Arc<str>, Arc<Profile>)> {
         let name = self.fleet.slot(self.reservations.get(uid)?.number)?.name.clone();
         let held = self.reservations.remove(&mut self.fleet, uid)?;
-        self.peers.went(&self.fleet, &held);
+        self.peers.went(&held);
         self.index.load_changed(held.number);
         Some((name, held.profile))
     }
@@ -244,11 +243,11 @@ impl Placer {
     }
 
     fn take(&mut self, uid: &str, number: u32, request: &Request, stage: Stage) {
-        let forbidden = self.peers.shared(&request.agents.forbidden);
+        let forbidden = self.peers.shared(&self.fleet, &request.agents.forbidden);
         let held = self
             .reservations
             .add(&mut self.fleet, uid, number, request, forbidden, stage);
-        self.peers.came(&self.fleet, held);
+        self.peers.came(held);
         self.index.load_changed(number);
     }
 
@@ -266,11 +265,11 @@ impl Placer {
     fn prepare(&mut self, request: &Request) -> Prepared {
         let packing = self.packing(request);
         let shape = self.index.shape(&self.fleet, request, packing);
-        let (fleet, index) = (&self.fleet, &mut self.index);
+        let index = &mut self.index;
         let relations = self
             .peers
-            .relations(fleet, &self.reservations, request, |topology_key| {
-                index.domains(fleet, shape, topology_key)
+            .relations(&self.fleet, &self.reservations, request, |topology| {
+                index.domains(shape, topology)
             });
         Prepared { shape, relations }
     }
@@ -291,13 +290,20 @@ impl Placer {
         let candidates = self
             .index
             .candidates(prepared.shape, fleet.rooms(), request, salt, accepts);
-        let packing = self.packing(request);
         let worth = |number: u32| {
-            let (slot, blade) = fleet.blade(number)?;
-            let scores = scores::score(slot, blade, request, packing, &prepared.relations, peers);
-            Some((scores.total(), mix(salt ^ u64::from(number))))
+            let lasting = self.index.lasting(prepared.shape, number);
+            let total = lasting + self.passing(number, request, prepared).total();
+            (total, mix(salt ^ u64::from(number)))
         };
         candidates.into_iter().max_by_key(|number| worth(*number))
+    }
+
+    /// The scores of a blade that change while agents come and go.
+    fn passing(&self, number: u32, request: &Request, prepared: &Prepared) -> Scores {
+        let room = &self.fleet.rooms()[number as usize];
+        let liking = prepared.relations.liking(&self.peers, number);
+        let skew = prepared.relations.skew(&self.peers, number);
+        scores::passing(room, request, self.packing(request), liking, skew)
     }
 
     /// Whether one blade will do.
@@ -319,7 +325,7 @@ impl Placer {
         if causes.is_empty() {
             let of_agents = prepared
                 .relations
-                .causes(&self.peers, blade)
+                .causes(&self.peers, number)
                 .chain(self.pool_cause(request));
             causes.extend(of_agents.take(1));
         }
@@ -337,14 +343,17 @@ impl Placer {
     }
 }
 
-/// What the index does not know of a blade that has room: its devices, the agents around it, a refusal.
+/// What the index does not know of a blade that has room: a refusal, its devices, the agents around it.
 fn accepts(fleet: &Fleet, peers: &Peers, number: u32, request: &Request, prepared: &Prepared) -> bool {
-    let Some((slot, blade)) = fleet.blade(number) else {
-        return false;
+    let is_avoided = || {
+        fleet
+            .slot(number)
+            .is_none_or(|slot| request.avoid.contains(&*slot.name))
     };
-    (request.avoid.is_empty() || !request.avoid.contains(&*slot.name))
-        && (request.extended.is_empty() || filters::lacks_extended(slot, blade, request).next().is_none())
-        && prepared.relations.causes(peers, blade).next().is_none()
+    let lacks = |(slot, blade)| filters::lacks_extended(slot, blade, request).next().is_some();
+    (request.avoid.is_empty() || !is_avoided())
+        && (request.extended.is_empty() || !fleet.blade(number).is_none_or(lacks))
+        && prepared.relations.causes(peers, number).next().is_none()
 }
 
 #[cfg(test)]

@@ -28,9 +28,18 @@ pub(crate) fn of_process(pid: u32) -> Result<f64> {
     Ok(ticks as f64 / per_second as f64)
 }
 
+/// CPU seconds of this process, all threads.
+pub(crate) fn of_self() -> Result<f64> {
+    usage(UsageWho::RUSAGE_SELF)
+}
+
 /// CPU seconds of this process's ended and waited-for children.
 pub(crate) fn of_children() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    usage(UsageWho::RUSAGE_CHILDREN)
+}
+
+fn usage(who: UsageWho) -> Result<f64> {
+    let usage = getrusage(who)?;
     let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }

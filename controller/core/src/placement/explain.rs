@@ -54,16 +54,16 @@ impl Placer {
                     causes.push(cause);
                 }
             }
-            causes.extend(prepared.relations.causes(&self.peers, blade));
+            causes.extend(prepared.relations.causes(&self.peers, number));
             causes.extend(self.pool_cause(request));
             if request.avoid.contains(&*slot.name) {
                 causes.push(Cause::RefusedLately);
             }
-            let packing = self.packing(request);
+            let passing = self.passing(number, request, &prepared);
             rows.push(Row {
                 blade: slot.name.to_string(),
                 causes,
-                scores: scores::score(slot, blade, request, packing, &prepared.relations, &self.peers),
+                scores: scores::lasting(blade, request).and(passing),
             });
         }
         rows.sort_by(|one, other| one.blade.cmp(&other.blade));

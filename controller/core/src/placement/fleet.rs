@@ -33,16 +33,20 @@ pub(super) struct Slot {
 /// What is free on one blade for one more agent, compact because the index looks at many of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Room {
+    /// Free.
     pub(super) cpu_millis: u64,
-    /// The overhead of the next microVM is taken off.
+    /// Free; the overhead of the next microVM is taken off.
     pub(super) memory_mib: u64,
+    /// Free and reserved.
+    pub(super) all_cpu_millis: u64,
+    pub(super) all_memory_mib: u64,
+    /// Mean free share of CPU and memory, thousandths.
+    pub(super) free_share: u16,
+    pub(super) failures: u16,
     /// Whether there is memory for the next microVM's overhead.
     pub(super) has_overhead: bool,
     /// Whether the counts of microVMs and of starts allow one more.
     pub(super) is_open: bool,
-    /// Mean free share of CPU and memory, thousandths.
-    pub(super) free_share: u16,
-    pub(super) failures: u16,
 }
 
 impl Room {
@@ -188,13 +192,16 @@ fn room(blade: &Blade, used: &Used, failures: u32) -> Room {
     let memory_free = memory_room.saturating_sub(used.memory_mib.saturating_add(overheads));
     let is_open =
         (blade.max_vms == 0 || used.vms < blade.max_vms) && (blade.max_starts == 0 || used.starts < blade.max_starts);
+    let memory_mib = memory_free.saturating_sub(blade.overhead_mib);
     Room {
         cpu_millis,
-        memory_mib: memory_free.saturating_sub(blade.overhead_mib),
+        memory_mib,
+        all_cpu_millis: cpu_room,
+        all_memory_mib: memory_room,
+        free_share: u16::midpoint(share(cpu_millis, cpu_room), share(memory_mib, memory_room)),
+        failures: u16::try_from(failures).unwrap_or(u16::MAX),
         has_overhead: memory_free >= blade.overhead_mib,
         is_open,
-        free_share: u16::midpoint(share(cpu_millis, cpu_room), share(memory_free, memory_room)),
-        failures: u16::try_from(failures).unwrap_or(u16::MAX),
     }
 }
 

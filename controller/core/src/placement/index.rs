@@ -8,7 +8,7 @@
 //! Invariant: a search finds a blade that fits and is accepted whenever there is one: it goes on through all blocks.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -17,6 +17,7 @@ use super::{
     blade::Blade,
     fleet::{Fleet, Room},
     labels::Labels,
+    peers::Topology,
     request::{NodeAffinity, Packing, Request, Toleration},
     scores,
 };
@@ -31,6 +32,8 @@ const CANDIDATES: usize = 16;
 const RANDOM: u64 = 2;
 /// Shapes that are kept; one costs 8 bytes per blade.
 const MAX_SHAPES: usize = 64;
+/// Changes that are kept for shapes to catch up.
+const MAX_CHANGES: usize = 8192;
 /// Keys are worth plus this, so that 0 means "filtered out"; more than anything that counts against a blade.
 const BASE: i32 = 4000;
 /// Instead of a worth: filtered out.
@@ -90,8 +93,8 @@ struct Shape {
     /// Changes that are in the keys.
     caught_up: u64,
     used: u64,
-    /// Domains of the blades that are not filtered out, by topology key.
-    domains: HashMap<String, Arc<BTreeSet<String>>>,
+    /// Domains of the blades that are not filtered out, by [`Topology::id`].
+    domains: HashMap<u64, Arc<Vec<u32>>>,
 }
 
 impl Shape {
@@ -126,7 +129,7 @@ impl Shape {
             self.greatest.resize((at + 1).div_ceil(BLOCK), 0);
         }
         self.lasting[at] = match blade {
-            Some(blade) if blade.refuses(&self.request).is_none() => scores::lasting_total(blade, &self.request),
+            Some(blade) if blade.refuses(&self.request).is_none() => scores::lasting(blade, &self.request).total(),
             Some(_) | None => OUT,
         };
         self.domains.clear();
@@ -193,29 +196,45 @@ impl Index {
             return;
         }
         self.changes.push(number);
-        // A shape that is further behind than this makes all its keys anew: that is as quick.
-        let longest = self.shapes.values().next().map_or(0, |shape| shape.keys.len() / 4) + BLOCK;
-        if self.changes.len() > longest {
-            self.forgotten += self.changes.len() as u64;
-            self.changes.clear();
+        if self.changes.len() > MAX_CHANGES {
+            self.forget_changes();
         }
     }
 
-    /// Domains of a topology key among the blades that are not filtered out for what they are.
-    pub(super) fn domains(&mut self, fleet: &Fleet, shape: u64, topology_key: &str) -> Arc<BTreeSet<String>> {
+    /// Forgets what every shape in use knows. One that was not used for long makes all its keys anew.
+    fn forget_changes(&mut self) {
+        let newest = self.forgotten + self.changes.len() as u64;
+        let recent = newest - MAX_CHANGES as u64 / 2;
+        let known = self.shapes.values().map(|shape| shape.caught_up);
+        let needed = known.filter(|known| *known >= recent).min().unwrap_or(newest);
+        let count = usize::try_from(needed - self.forgotten).unwrap_or(usize::MAX);
+        self.changes.drain(..count.min(self.changes.len()));
+        self.forgotten = needed;
+    }
+
+    /// Domains of a topology among the blades that are not filtered out for what they are.
+    pub(super) fn domains(&mut self, shape: u64, topology: &Topology) -> Arc<Vec<u32>> {
         let Some(shape) = self.shapes.get_mut(&shape) else {
             return Arc::default();
         };
-        if let Some(known) = shape.domains.get(topology_key) {
-            return known.clone();
-        }
-        let open = fleet
-            .blades()
-            .filter(|(number, ..)| shape.lasting.get(*number as usize).is_some_and(|one| *one != OUT));
-        let domains = open.filter_map(|(_, _, blade)| blade.labels.get(topology_key).cloned());
-        let domains: Arc<BTreeSet<String>> = Arc::new(domains.collect());
-        shape.domains.insert(topology_key.to_owned(), domains.clone());
-        domains
+        let lasting = &shape.lasting;
+        let known = shape.domains.entry(topology.id()).or_insert_with(|| {
+            let open = (0_u32..).zip(lasting).filter(|(_, lasting)| **lasting != OUT);
+            let mut domains: Vec<u32> = open.filter_map(|(number, _)| topology.domain(number)).collect();
+            domains.sort_unstable();
+            domains.dedup();
+            Arc::new(domains)
+        });
+        known.clone()
+    }
+
+    /// What lasts of a blade's worth to requests of this shape.
+    pub(super) fn lasting(&self, shape: u64, number: u32) -> i32 {
+        let shape = self.shapes.get(&shape);
+        shape
+            .and_then(|shape| shape.lasting.get(number as usize))
+            .copied()
+            .unwrap_or(OUT)
     }
 
     /// The shape of a request, with its keys made or brought up to date.

@@ -19,13 +19,91 @@ use super::{
 /// Terms that are counted at the same time, apart from those that a running agent holds.
 const MAX_TERMS: usize = 1024;
 
-/// Counts by domain, the value of the term's topology key.
-type Counts = HashMap<String, u32>;
+/// Instead of a domain: the blade is in none.
+const NOWHERE: u32 = u32::MAX;
+
+/// Domains of one topology key: blades with the same value of that label are one domain.
+#[derive(Debug)]
+pub(super) struct Topology {
+    key: String,
+    id: u64,
+    /// Domain of each slot.
+    of_slot: Vec<u32>,
+    names: HashMap<String, u32>,
+}
+
+impl Topology {
+    /// Another for every key, and after each time that domains were numbered anew.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(super) fn domain(&self, number: u32) -> Option<u32> {
+        self.of_slot
+            .get(number as usize)
+            .copied()
+            .filter(|domain| *domain != NOWHERE)
+    }
+
+    /// Answers whether the slot is in another domain now.
+    fn set(&mut self, number: u32, blade: Option<&Blade>) -> bool {
+        let at = number as usize;
+        if at >= self.of_slot.len() {
+            self.of_slot.resize(at + 1, NOWHERE);
+        }
+        let domain = blade
+            .and_then(|blade| blade.labels.get(&self.key))
+            .map_or(NOWHERE, |name| {
+                let next = u32::try_from(self.names.len()).unwrap_or(NOWHERE);
+                match self.names.get(name) {
+                    Some(known) => *known,
+                    None => *self.names.entry(name.clone()).or_insert(next),
+                }
+            });
+        std::mem::replace(&mut self.of_slot[at], domain) != domain
+    }
+}
+
+/// Agents by domain.
+#[derive(Debug, Default)]
+struct Counts {
+    of_domain: Vec<u32>,
+    /// Domains with any.
+    domains: usize,
+}
+
+impl Counts {
+    fn get(&self, domain: Option<u32>) -> u32 {
+        let count = domain.and_then(|domain| self.of_domain.get(domain as usize));
+        count.copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, domain: Option<u32>, by: i32) {
+        let Some(at) = domain.map(|domain| domain as usize) else {
+            return;
+        };
+        if at >= self.of_domain.len() {
+            self.of_domain.resize(at + 1, 0);
+        }
+        let count = &mut self.of_domain[at];
+        let before = *count;
+        *count = count.saturating_add_signed(by);
+        self.domains += usize::from(before == 0 && *count > 0);
+        self.domains -= usize::from(before > 0 && *count == 0);
+    }
+
+    fn clear(&mut self) {
+        self.of_domain.clear();
+        self.domains = 0;
+    }
+}
 
 /// One term and its counts.
 #[derive(Debug)]
 struct Tally {
     term: Arc<AgentTerm>,
+    /// Its place in [`Peers::topologies`].
+    topology: usize,
     /// Agents that match the term.
     matching: Counts,
     /// Agents that refuse those that match it.
@@ -33,108 +111,81 @@ struct Tally {
 }
 
 impl Tally {
-    fn domain<'a>(&self, blade: &'a Blade) -> Option<&'a str> {
-        blade.labels.get(&self.term.topology_key).map(String::as_str)
-    }
-
-    fn matching(&self, blade: &Blade) -> u32 {
-        of_domain(&self.matching, self.domain(blade))
-    }
-
-    fn holders(&self, blade: &Blade) -> u32 {
-        of_domain(&self.holders, self.domain(blade))
-    }
-
     /// Counts everything that is reserved.
-    fn count_all(&mut self, fleet: &Fleet, reservations: &Reservations) {
+    fn count_all(&mut self, topology: &Topology, reservations: &Reservations) {
         self.matching.clear();
         self.holders.clear();
         for held in reservations.iter() {
-            let Some((_, blade)) = fleet.blade(held.number) else {
-                continue;
-            };
-            let domain = self.domain(blade);
+            let domain = topology.domain(held.number);
             if self.term.matches(&held.profile.namespace, &held.profile.labels) {
-                bump(&mut self.matching, domain, 1);
+                self.matching.add(domain, 1);
             }
             if held.forbidden.contains(&self.term) {
-                bump(&mut self.holders, domain, 1);
+                self.holders.add(domain, 1);
             }
         }
-    }
-}
-
-fn of_domain(counts: &Counts, domain: Option<&str>) -> u32 {
-    domain.and_then(|domain| counts.get(domain)).copied().unwrap_or(0)
-}
-
-fn bump(counts: &mut Counts, domain: Option<&str>, by: i32) {
-    let Some(domain) = domain else { return };
-    let Some(count) = counts.get_mut(domain) else {
-        if by > 0 {
-            counts.insert(domain.to_owned(), by.unsigned_abs());
-        }
-        return;
-    };
-    *count = count.saturating_add_signed(by);
-    if *count == 0 {
-        counts.remove(domain);
     }
 }
 
 /// All terms that are counted.
 #[derive(Debug, Default)]
 pub(super) struct Peers {
+    topologies: Vec<Topology>,
     tallies: Vec<Tally>,
     numbers: HashMap<Arc<AgentTerm>, usize>,
     /// Terms that ask for one of some values of a label, by label and value.
     by_label: HashMap<String, HashMap<String, Vec<usize>>>,
     /// The other terms.
     elsewhere: Vec<usize>,
-    /// The blades' labels changed under the counts.
+    /// Blades moved to other domains under the counts.
     is_stale: bool,
+    next_id: u64,
 }
 
 impl Peers {
-    /// Something about the domains of blades in use changed: everything is counted again when it is next asked for.
-    pub(super) fn distrust(&mut self) {
-        self.is_stale = !self.tallies.is_empty();
+    /// The blade came, went or changed. Where agents are on it, everything is counted again when it is next asked for.
+    pub(super) fn blade_changed(&mut self, fleet: &Fleet, number: u32) {
+        let blade = fleet.blade(number).map(|(_, blade)| blade);
+        let is_in_use = fleet.slot(number).is_some_and(|slot| slot.used.vms > 0);
+        for topology in &mut self.topologies {
+            let has_moved = topology.set(number, blade);
+            self.is_stale |= has_moved && is_in_use;
+        }
     }
 
     /// The one copy of each term that agents hold.
-    pub(super) fn shared(&mut self, terms: &[AgentTerm]) -> Vec<Arc<AgentTerm>> {
+    pub(super) fn shared(&mut self, fleet: &Fleet, terms: &[AgentTerm]) -> Vec<Arc<AgentTerm>> {
         let shared = terms.iter().map(|term| {
-            let number = self.enter(term, None);
+            let number = self.enter(term, fleet, None);
             self.tallies[number].term.clone()
         });
         shared.collect()
     }
 
-    pub(super) fn came(&mut self, fleet: &Fleet, held: &Held) {
-        self.count(fleet, held, 1);
+    pub(super) fn came(&mut self, held: &Held) {
+        self.count(held, 1);
     }
 
-    pub(super) fn went(&mut self, fleet: &Fleet, held: &Held) {
-        self.count(fleet, held, -1);
+    pub(super) fn went(&mut self, held: &Held) {
+        self.count(held, -1);
     }
 
-    fn count(&mut self, fleet: &Fleet, held: &Held, by: i32) {
+    fn count(&mut self, held: &Held, by: i32) {
         if self.tallies.is_empty() || self.is_stale {
             return;
         }
-        let Some((_, blade)) = fleet.blade(held.number) else {
-            return;
-        };
         for number in self.matched(&held.profile.namespace, &held.profile.labels) {
             let tally = &mut self.tallies[number];
-            let domain = tally.domain(blade);
-            bump(&mut tally.matching, domain, by);
+            tally
+                .matching
+                .add(self.topologies[tally.topology].domain(held.number), by);
         }
         for term in &held.forbidden {
             if let Some(number) = self.numbers.get(term) {
                 let tally = &mut self.tallies[*number];
-                let domain = tally.domain(blade);
-                bump(&mut tally.holders, domain, by);
+                tally
+                    .holders
+                    .add(self.topologies[tally.topology].domain(held.number), by);
             }
         }
     }
@@ -151,8 +202,8 @@ impl Peers {
             .collect()
     }
 
-    /// Number of a term. It is counted from now on; what is reserved already is counted at once where `all` is given.
-    fn enter(&mut self, term: &AgentTerm, all: Option<(&Fleet, &Reservations)>) -> usize {
+    /// Number of a term. It is counted from now on; what is reserved already is counted at once where it is given.
+    fn enter(&mut self, term: &AgentTerm, fleet: &Fleet, all: Option<&Reservations>) -> usize {
         if let Some(number) = self.numbers.get(term) {
             return *number;
         }
@@ -170,11 +221,12 @@ impl Peers {
         }
         let mut tally = Tally {
             term: term.clone(),
-            matching: Counts::new(),
-            holders: Counts::new(),
+            topology: self.topology(&term.topology_key, fleet),
+            matching: Counts::default(),
+            holders: Counts::default(),
         };
         match all {
-            Some((fleet, reservations)) => tally.count_all(fleet, reservations),
+            Some(reservations) => tally.count_all(&self.topologies[tally.topology], reservations),
             None => self.is_stale = true,
         }
         self.tallies.push(tally);
@@ -182,33 +234,56 @@ impl Peers {
         number
     }
 
+    fn topology(&mut self, key: &str, fleet: &Fleet) -> usize {
+        if let Some(at) = self.topologies.iter().position(|topology| topology.key == key) {
+            return at;
+        }
+        self.next_id += 1;
+        let mut topology = Topology {
+            key: key.to_owned(),
+            id: self.next_id,
+            of_slot: vec![NOWHERE; fleet.len()],
+            names: HashMap::new(),
+        };
+        for (number, _, blade) in fleet.blades() {
+            topology.set(number, Some(blade));
+        }
+        self.topologies.push(topology);
+        self.topologies.len() - 1
+    }
+
     /// Counts again what is not to be trusted, and forgets what nobody needs.
     fn settle(&mut self, fleet: &Fleet, reservations: &Reservations) {
-        if self.tallies.len() > MAX_TERMS {
-            let held = self.tallies.iter().filter(|tally| !tally.holders.is_empty());
-            let held: Vec<_> = held.map(|tally| tally.term.clone()).collect();
-            if self.is_stale || held.len() < self.tallies.len() / 2 {
-                *self = Self::default();
-                for term in reservations.iter().flat_map(|held| &held.forbidden).chain(&held) {
-                    self.enter(term, None);
-                }
+        // Domains of blades and labels that are gone.
+        let most = 2 * fleet.len() + MAX_TERMS;
+        let is_overgrown = self.topologies.iter().any(|topology| topology.names.len() > most);
+        let held = self.tallies.iter().filter(|tally| tally.holders.domains > 0);
+        let has_unused = self.tallies.len() > MAX_TERMS && held.count() < self.tallies.len() / 2;
+        if is_overgrown || has_unused {
+            let next_id = self.next_id;
+            *self = Self {
+                next_id,
+                ..Self::default()
+            };
+            for term in reservations.iter().flat_map(|held| &held.forbidden) {
+                self.enter(term, fleet, None);
             }
+            self.is_stale = true;
         }
         if std::mem::take(&mut self.is_stale) {
             for tally in &mut self.tallies {
-                tally.count_all(fleet, reservations);
+                tally.count_all(&self.topologies[tally.topology], reservations);
             }
         }
     }
 
-    /// What the agents that are there mean to one that asks. `domains_of` names the domains of a topology key that are
-    /// open to it.
+    /// What the agents that are there mean to one that asks. `open` names the domains of a topology that it may use.
     pub(super) fn relations(
         &mut self,
         fleet: &Fleet,
         reservations: &Reservations,
         request: &Request,
-        mut domains_of: impl FnMut(&str) -> Arc<BTreeSet<String>>,
+        mut open: impl FnMut(&Topology) -> Arc<Vec<u32>>,
     ) -> Relations {
         let agents = &request.agents;
         let asks_nothing = agents.required.is_empty()
@@ -219,7 +294,7 @@ impl Peers {
             return Relations::default();
         }
         self.settle(fleet, reservations);
-        let mut number = |term: &AgentTerm| self.enter(term, Some((fleet, reservations)));
+        let mut number = |term: &AgentTerm| self.enter(term, fleet, Some(reservations));
         let required: Vec<usize> = agents.required.iter().map(&mut number).collect();
         let forbidden: Vec<usize> = agents.forbidden.iter().map(&mut number).collect();
         let preferred = agents.preferred.iter().map(|(weight, term)| (*weight, number(term)));
@@ -231,7 +306,7 @@ impl Peers {
         };
         let skews = request.spread.iter().zip(spread).map(|(one, number)| Skew {
             number,
-            fewest: self.fewest(number, &domains_of(&one.term.topology_key)),
+            fewest: self.fewest(number, &open(&self.topologies[self.tallies[number].topology])),
             itself: u32::from(is_itself(number)),
             most: one.max_skew,
             is_required: one.is_required,
@@ -240,10 +315,10 @@ impl Peers {
         let required = required.into_iter().map(|number| Need {
             number,
             // The first of agents that want to be together may go anywhere.
-            is_first: self.tallies[number].matching.is_empty() && is_itself(number),
+            is_first: self.tallies[number].matching.domains == 0 && is_itself(number),
         });
         let mut repelled = self.matched(&request.namespace, &request.labels);
-        repelled.retain(|number| !self.tallies[*number].holders.is_empty());
+        repelled.retain(|number| self.tallies[*number].holders.domains > 0);
         Relations {
             required: required.collect(),
             forbidden,
@@ -254,13 +329,32 @@ impl Peers {
     }
 
     /// The fewest matches of an open domain.
-    fn fewest(&self, number: usize, open: &BTreeSet<String>) -> u32 {
+    fn fewest(&self, number: usize, open: &[u32]) -> u32 {
         let matching = &self.tallies[number].matching;
-        if matching.len() < open.len() {
+        if matching.domains < open.len() {
             return 0;
         }
-        let counts = open.iter().map(|domain| matching.get(domain).copied().unwrap_or(0));
+        let counts = open.iter().map(|domain| matching.get(Some(*domain)));
         counts.min().unwrap_or(0)
+    }
+
+    /// The domain that a slot is in, in the eyes of a term.
+    fn domain(&self, tally: &Tally, slot: u32) -> Option<u32> {
+        self.topologies[tally.topology].domain(slot)
+    }
+
+    fn matching(&self, number: usize, slot: u32) -> u32 {
+        let tally = &self.tallies[number];
+        tally.matching.get(self.domain(tally, slot))
+    }
+
+    fn holders(&self, number: usize, slot: u32) -> u32 {
+        let tally = &self.tallies[number];
+        tally.holders.get(self.domain(tally, slot))
+    }
+
+    fn is_somewhere(&self, number: usize, slot: u32) -> bool {
+        self.domain(&self.tallies[number], slot).is_some()
     }
 }
 
@@ -283,10 +377,11 @@ struct Skew {
 
 impl Skew {
     /// `None`: the blade is in no domain.
-    fn on(&self, peers: &Peers, blade: &Blade) -> Option<u32> {
-        let tally = &peers.tallies[self.number];
-        tally.domain(blade)?;
-        Some((tally.matching(blade).saturating_add(self.itself)).saturating_sub(self.fewest))
+    fn on(&self, peers: &Peers, slot: u32) -> Option<u32> {
+        peers.is_somewhere(self.number, slot).then(|| {
+            let there = peers.matching(self.number, slot).saturating_add(self.itself);
+            there.saturating_sub(self.fewest)
+        })
     }
 }
 
@@ -303,17 +398,15 @@ pub(super) struct Relations {
 
 impl Relations {
     /// Why the agents in the blade's domains keep this one away.
-    pub(super) fn causes(&self, peers: &Peers, blade: &Blade) -> impl Iterator<Item = Cause> {
+    pub(super) fn causes(&self, peers: &Peers, slot: u32) -> impl Iterator<Item = Cause> {
         let misses = self.required.iter().any(|need| {
-            let tally = &peers.tallies[need.number];
-            tally.domain(blade).is_none() || (!need.is_first && tally.matching(blade) == 0)
+            let is_met = need.is_first || peers.matching(need.number, slot) > 0;
+            !is_met || !peers.is_somewhere(need.number, slot)
         });
-        let mut forbidden = self.forbidden.iter();
-        let meets = forbidden.any(|number| peers.tallies[*number].matching(blade) > 0);
-        let mut repelled = self.repelled.iter();
-        let is_repelled = repelled.any(|number| peers.tallies[*number].holders(blade) > 0);
+        let meets = self.forbidden.iter().any(|number| peers.matching(*number, slot) > 0);
+        let is_repelled = self.repelled.iter().any(|number| peers.holders(*number, slot) > 0);
         let mut bound = self.skews.iter().filter(|skew| skew.is_required);
-        let is_skewed = bound.any(|skew| skew.on(peers, blade).is_none_or(|on| on > skew.most));
+        let is_skewed = bound.any(|skew| skew.on(peers, slot).is_none_or(|on| on > skew.most));
         let causes = [
             misses.then_some(Cause::AgentAffinity),
             meets.then_some(Cause::AgentAntiAffinity),
@@ -324,7 +417,10 @@ impl Relations {
     }
 
     /// Preferred agents in the blade's domains: the share of all weights that is earned, thousandths, -1000 to 1000.
-    pub(super) fn liking(&self, peers: &Peers, blade: &Blade) -> i32 {
+    pub(super) fn liking(&self, peers: &Peers, slot: u32) -> i32 {
+        if self.preferred.is_empty() {
+            return 0;
+        }
         let all: i64 = self
             .preferred
             .iter()
@@ -333,18 +429,15 @@ impl Relations {
         let earning = self
             .preferred
             .iter()
-            .filter(|(_, number)| peers.tallies[*number].matching(blade) > 0);
+            .filter(|(_, number)| peers.matching(*number, slot) > 0);
         let earned: i64 = earning.map(|(weight, _)| i64::from(*weight)).sum();
         i32::try_from(earned * 1000 / all.max(1)).unwrap_or(0)
     }
 
     /// By how many agents the constraints that only lower the score are exceeded.
-    pub(super) fn skew(&self, peers: &Peers, blade: &Blade) -> u32 {
+    pub(super) fn skew(&self, peers: &Peers, slot: u32) -> u32 {
         let soft = self.skews.iter().filter(|skew| !skew.is_required);
-        let over = soft.map(|skew| {
-            skew.on(peers, blade)
-                .map_or(u32::MAX, |on| on.saturating_sub(skew.most))
-        });
+        let over = soft.map(|skew| skew.on(peers, slot).map_or(u32::MAX, |on| on.saturating_sub(skew.most)));
         over.fold(0, u32::saturating_add)
     }
 }

@@ -7,7 +7,8 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
 };
@@ -30,7 +31,7 @@ pub(super) enum Stage {
 }
 
 /// Who an agent is to the terms of others; one for all that are alike.
-#[derive(Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Profile {
     pub(super) namespace: String,
     pub(super) labels: Labels,
@@ -76,7 +77,8 @@ impl Held {
 #[derive(Debug, Default)]
 pub(super) struct Reservations {
     held: HashMap<String, Held>,
-    profiles: HashSet<Arc<Profile>>,
+    /// By fingerprint. Of two with the same one, only the first is shared.
+    profiles: HashMap<u64, Arc<Profile>>,
     /// Agents of each pool.
     pools: HashMap<Arc<str>, u32>,
 }
@@ -137,10 +139,7 @@ impl Reservations {
                 self.pools.remove(pool);
             }
         }
-        // The set's own and this one.
-        if Arc::strong_count(&held.profile) == 2 {
-            self.profiles.remove(&held.profile);
-        }
+        self.leave_profile(&held.profile);
         Some(held)
     }
 
@@ -195,22 +194,47 @@ impl Reservations {
     }
 
     fn profile(&mut self, request: &Request) -> Arc<Profile> {
-        let profile = Profile {
-            namespace: request.namespace.clone(),
-            labels: request.labels.clone(),
-        };
-        if let Some(known) = self.profiles.get(&profile) {
+        let fingerprint = fingerprint(&request.namespace, &request.labels);
+        if let Some(known) = self.profiles.get(&fingerprint)
+            && known.namespace == request.namespace
+            && known.labels == request.labels
+        {
             return known.clone();
         }
-        let profile = Arc::new(profile);
-        self.profiles.insert(profile.clone());
+        let profile = Arc::new(Profile {
+            namespace: request.namespace.clone(),
+            labels: request.labels.clone(),
+        });
+        self.profiles.entry(fingerprint).or_insert_with(|| profile.clone());
         profile
+    }
+
+    /// Forgets a profile that only one agent had.
+    fn leave_profile(&mut self, profile: &Arc<Profile>) {
+        // This one, and the map's own.
+        if Arc::strong_count(profile) > 2 {
+            return;
+        }
+        let fingerprint = fingerprint(&profile.namespace, &profile.labels);
+        if self
+            .profiles
+            .get(&fingerprint)
+            .is_some_and(|known| Arc::ptr_eq(known, profile))
+        {
+            self.profiles.remove(&fingerprint);
+        }
     }
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.held.is_empty() && self.profiles.is_empty() && self.pools.is_empty()
     }
+}
+
+fn fingerprint(namespace: &str, labels: &Labels) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (namespace, labels).hash(&mut hasher);
+    hasher.finish()
 }
 
 fn take(used: &mut Used, held: &Held) {

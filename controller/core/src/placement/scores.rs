@@ -2,8 +2,7 @@
 
 use super::{
     blade::{Blade, Effect},
-    fleet::{Room, Slot, share},
-    peers::{Peers, Relations},
+    fleet::{Room, share},
     request::{Packing, Request},
 };
 
@@ -80,44 +79,55 @@ impl Scores {
     pub fn total(&self) -> i32 {
         self.parts().iter().map(|(_, part)| part).sum()
     }
+
+    /// These parts and those, which are others.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            room: self.room + other.room,
+            balance: self.balance + other.balance,
+            image: self.image + other.image,
+            snapshot: self.snapshot + other.snapshot,
+            warm: self.warm + other.warm,
+            blades: self.blades + other.blades,
+            agents: self.agents + other.agents,
+            taints: self.taints + other.taints,
+            spread: self.spread + other.spread,
+            failures: self.failures + other.failures,
+        }
+    }
 }
 
-/// All parts.
-pub(super) fn score(
-    slot: &Slot,
-    blade: &Blade,
-    request: &Request,
-    packing: Packing,
-    relations: &Relations,
-    peers: &Peers,
-) -> Scores {
-    let overheads = blade.overhead_mib.saturating_mul(u64::from(slot.used.vms) + 1);
-    let memory = slot.used.memory_mib.saturating_add(overheads);
-    let left =
-        |room: u64, used: u64, wanted: u64| i32::from(share(room.saturating_sub(used).saturating_sub(wanted), room));
-    let cpu_left = left(blade.cpu_room(), slot.used.cpu_millis, request.cpu_millis);
-    let memory_left = left(blade.memory_room(), memory, request.memory_mib);
-    let free = i32::midpoint(cpu_left, memory_left);
-    let lasting = lasting(blade, request);
+/// The parts that change while agents come and go. `liking` and `skew` are those of the agents in the blade's domains.
+pub(super) fn passing(room: &Room, request: &Request, packing: Packing, liking: i32, skew: u32) -> Scores {
+    let left = |free: u64, wanted: u64, all: u64| i32::from(share(free.saturating_sub(wanted), all));
+    let cpu_left = left(room.cpu_millis, request.cpu_millis, room.all_cpu_millis);
+    let memory_left = left(room.memory_mib, request.memory_mib, room.all_memory_mib);
     Scores {
-        room: match packing {
-            Packing::Spread => free,
-            Packing::Binpack => 1000 - free,
-        },
+        room: packed(i32::midpoint(cpu_left, memory_left), packing),
         balance: (1000 - (cpu_left - memory_left).abs()) * BALANCE / 1000,
-        agents: relations.liking(peers, blade) * AGENTS / 1000,
-        spread: against(relations.skew(peers, blade), SKEW),
-        failures: against(slot.failures, FAILURE),
-        ..lasting
+        agents: liking * AGENTS / 1000,
+        spread: against(skew, SKEW),
+        failures: against(u32::from(room.failures), FAILURE),
+        ..Scores::default()
+    }
+}
+
+/// What changes with the load alone, before the agent is there: nearly its part of [`passing`], for the index.
+pub(super) fn passing_total(room: &Room, packing: Packing) -> i32 {
+    packed(i32::from(room.free_share), packing) + against(u32::from(room.failures), FAILURE)
+}
+
+fn packed(free: i32, packing: Packing) -> i32 {
+    match packing {
+        Packing::Spread => free,
+        Packing::Binpack => 1000 - free,
     }
 }
 
 /// The parts that do not change while agents come and go.
-fn lasting(blade: &Blade, request: &Request) -> Scores {
-    let is_warm = request
-        .pool
-        .as_ref()
-        .is_some_and(|pool| blade.warm.get(&pool.name).is_some_and(|count| *count > 0));
+pub(super) fn lasting(blade: &Blade, request: &Request) -> Scores {
+    let pool = request.pool.as_ref();
+    let is_warm = pool.is_some_and(|pool| blade.warm.get(&pool.name).is_some_and(|count| *count > 0));
     let has_snapshot = request
         .snapshot
         .as_ref()
@@ -133,21 +143,6 @@ fn lasting(blade: &Blade, request: &Request) -> Scores {
         taints: against(u32::try_from(polite.count()).unwrap_or(u32::MAX), POLITE_TAINT),
         ..Scores::default()
     }
-}
-
-/// Their sum, for the index.
-pub(super) fn lasting_total(blade: &Blade, request: &Request) -> i32 {
-    lasting(blade, request).total()
-}
-
-/// What changes with the load alone, before the agent is there: nearly its part of [`score`].
-pub(super) fn passing_total(room: &Room, packing: Packing) -> i32 {
-    let free = i32::from(room.free_share);
-    let share = match packing {
-        Packing::Spread => free,
-        Packing::Binpack => 1000 - free,
-    };
-    share + against(u32::from(room.failures), FAILURE)
 }
 
 fn image(bytes: u64) -> i32 {
