@@ -343,17 +343,15 @@ impl Placer {
     }
 }
 
-/// What the index does not know of a blade that has room: a refusal, its devices, the agents around it.
+/// What the index does not know of a blade that has room: a refusal, and the agents around it.
 fn accepts(fleet: &Fleet, peers: &Peers, number: u32, request: &Request, prepared: &Prepared) -> bool {
     let is_avoided = || {
         fleet
             .slot(number)
             .is_none_or(|slot| request.avoid.contains(&*slot.name))
     };
-    let lacks = |(slot, blade)| filters::lacks_extended(slot, blade, request).next().is_some();
     (request.avoid.is_empty() || !is_avoided())
-        && (request.extended.is_empty() || !fleet.blade(number).is_none_or(lacks))
-        && prepared.relations.causes(peers, number).next().is_none()
+        && (prepared.relations.is_free() || prepared.relations.causes(peers, number).next().is_none())
 }
 
 #[cfg(test)]

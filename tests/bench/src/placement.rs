@@ -95,8 +95,9 @@ fn ours(blades: usize) -> Result<Measured> {
         placer.place(&uid, &requests[number % KINDS], Duration::ZERO)?;
         there.push_back(uid);
     }
+    let mut newcomers: Vec<String> = (0..STEPS).map(|number| uid(blades * FILL + number)).collect();
     measure(STEPS, |number| {
-        let uid = uid(blades * FILL + number);
+        let uid = std::mem::take(&mut newcomers[number]);
         let begin = Instant::now();
         placer.place(&uid, &requests[number % KINDS], Duration::ZERO)?;
         let took = begin.elapsed();

@@ -2,7 +2,7 @@
 //!
 //! Requests that ask the same of a blade itself (selector, affinity, tolerations, image, pool and the like) have one
 //! shape. For each shape the index keeps one key per blade, 0 where the blade is filtered out, else what it is worth by
-//! its load and by what lasts; and the greatest key of each block of 64 blades. A search looks at the best blocks only.
+//! its load and by what lasts; and the greatest key of each block of 32 blades. A search looks at the best blocks only.
 //! Changes are noted once and caught up by a shape when it is used.
 //!
 //! Invariant: a search finds a blade that fits and is accepted whenever there is one: it goes on through all blocks.
@@ -15,6 +15,7 @@ use std::{
 
 use super::{
     blade::Blade,
+    filters,
     fleet::{Fleet, Room},
     labels::Labels,
     peers::Topology,
@@ -23,11 +24,13 @@ use super::{
 };
 
 /// Blades per block.
-const BLOCK: usize = 64;
+const BLOCK: usize = 32;
 /// Blocks that are looked at even where the first already gave enough.
-const FIRST_BLOCKS: usize = 4;
+const FIRST_BLOCKS: usize = 2;
 /// Candidates of one search.
 const CANDIDATES: usize = 16;
+/// With so many from the first blocks a search looks no further.
+const ENOUGH: usize = 4;
 /// Blades taken at random beside them.
 const RANDOM: u64 = 2;
 /// Shapes that are kept; one costs 8 bytes per blade.
@@ -116,7 +119,7 @@ impl Shape {
         for (number, _, blade) in fleet.blades() {
             shape.judge(number, Some(blade));
         }
-        shape.rebuild(fleet.rooms());
+        shape.rebuild(fleet);
         shape
     }
 
@@ -135,29 +138,38 @@ impl Shape {
         self.domains.clear();
     }
 
-    fn key(&self, at: usize, room: &Room) -> u32 {
-        if self.lasting[at] == OUT {
+    fn key(&self, at: usize, fleet: &Fleet) -> u32 {
+        if self.lasting[at] == OUT || !self.has_devices(at, fleet) {
             return 0;
         }
-        let worth = BASE + self.lasting[at] + scores::passing_total(room, self.packing);
+        let worth = BASE + self.lasting[at] + scores::passing_total(&fleet.rooms()[at], self.packing);
         worth.max(1).unsigned_abs()
     }
 
-    fn rebuild(&mut self, rooms: &[Room]) {
-        for (at, room) in rooms.iter().enumerate().take(self.lasting.len()) {
-            self.keys[at] = self.key(at, room);
+    /// All requests of this shape want the same devices, so that the keys can know whether they are there.
+    fn has_devices(&self, at: usize, fleet: &Fleet) -> bool {
+        let wanted = &self.request.extended;
+        wanted.is_empty() || {
+            let blade = u32::try_from(at).ok().and_then(|number| fleet.blade(number));
+            blade.is_some_and(|(slot, blade)| filters::lacks_extended(slot, blade, &self.request).next().is_none())
+        }
+    }
+
+    fn rebuild(&mut self, fleet: &Fleet) {
+        for at in 0..self.lasting.len() {
+            self.keys[at] = self.key(at, fleet);
         }
         for (block, keys) in self.keys.chunks(BLOCK).enumerate() {
             self.greatest[block] = keys.iter().copied().max().unwrap_or(0);
         }
     }
 
-    fn renew(&mut self, at: usize, room: &Room) {
+    fn renew(&mut self, at: usize, fleet: &Fleet) {
         if at >= self.keys.len() {
             // Reserved on, but not known as a blade yet.
             return;
         }
-        let key = self.key(at, room);
+        let key = self.key(at, fleet);
         let old = std::mem::replace(&mut self.keys[at], key);
         let block = at / BLOCK;
         if key >= self.greatest[block] {
@@ -177,7 +189,7 @@ pub(super) struct Index {
     forgotten: u64,
     clock: u64,
     /// Blocks of one search with their greatest keys; kept for its memory.
-    blocks: Vec<(u32, u32)>,
+    blocks: Vec<(u32, usize)>,
 }
 
 impl Index {
@@ -258,10 +270,10 @@ impl Index {
                 Some(known) => {
                     for number in &self.changes[usize::try_from(known).unwrap_or(usize::MAX).min(self.changes.len())..]
                     {
-                        shape.renew(*number as usize, &fleet.rooms()[*number as usize]);
+                        shape.renew(*number as usize, fleet);
                     }
                 }
-                None => shape.rebuild(fleet.rooms()),
+                None => shape.rebuild(fleet),
             }
             shape.caught_up = newest;
             shape.used = self.clock;
@@ -298,8 +310,8 @@ impl Index {
             return Vec::new();
         };
         let mut best = Best::default();
-        let mut look_at = |block: u32, best: &mut Best| {
-            let start = block as usize * BLOCK;
+        let mut look_at = |block: usize, best: &mut Best| {
+            let start = block * BLOCK;
             let keys = &shape.keys[start..shape.keys.len().min(start + BLOCK)];
             for (at, key) in (start..).zip(keys) {
                 if *key < best.least || *key == 0 || !rooms[at].fits(request) {
@@ -312,35 +324,39 @@ impl Index {
                 }
             }
         };
-        let blocks = &mut self.blocks;
-        blocks.clear();
         // Begun at a random block, so that among equals none is always first.
         let count = shape.greatest.len();
         let turn = (mix(salt) % (count.max(1) as u64)) as usize;
-        let turned = (turn..count).chain(0..turn);
-        blocks.extend(turned.filter_map(|block| {
-            let greatest = shape.greatest[block];
-            (greatest > 0).then_some((greatest, u32::try_from(block).unwrap_or(u32::MAX)))
-        }));
-        let descending = |one: &(u32, u32), other: &(u32, u32)| other.0.cmp(&one.0);
-        if blocks.len() > FIRST_BLOCKS {
-            blocks.select_nth_unstable_by(FIRST_BLOCKS - 1, descending);
-        }
-        let first = FIRST_BLOCKS.min(blocks.len());
-        let (first, rest) = blocks.split_at_mut(first);
-        first.sort_unstable_by(descending);
-        for (greatest, block) in first {
-            if *greatest >= best.least {
-                look_at(*block, &mut best);
+        let (before, after) = shape.greatest.split_at(turn);
+        let mut first = [(0, 0); FIRST_BLOCKS];
+        for (start, part) in [(turn, after), (0, before)] {
+            for (block, greatest) in (start..).zip(part) {
+                if *greatest > first[FIRST_BLOCKS - 1].0 {
+                    let at = first.partition_point(|(other, _)| other >= greatest);
+                    first[at..].rotate_right(1);
+                    first[at] = (*greatest, block);
+                }
             }
         }
-        if !best.is_full() {
-            rest.sort_unstable_by(descending);
-            for (greatest, block) in rest {
-                if best.is_full() && *greatest < best.least {
+        for (greatest, block) in first {
+            if greatest > 0 && greatest >= best.least {
+                look_at(block, &mut best);
+            }
+        }
+        if best.count < ENOUGH {
+            let blocks = &mut self.blocks;
+            blocks.clear();
+            let rest = (0..count).filter(|block| first.iter().all(|(_, one)| one != block));
+            blocks.extend(
+                rest.map(|block| (shape.greatest[block], block))
+                    .filter(|(greatest, _)| *greatest > 0),
+            );
+            blocks.sort_unstable_by(|one, other| other.cmp(one));
+            for (_, block) in blocks {
+                look_at(*block, &mut best);
+                if best.count >= ENOUGH {
                     break;
                 }
-                look_at(*block, &mut best);
             }
         }
         let mut found: Vec<u32> = best.ranks[..best.count].iter().map(|(_, number)| *number).collect();

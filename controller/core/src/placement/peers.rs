@@ -397,6 +397,14 @@ pub(super) struct Relations {
 }
 
 impl Relations {
+    /// Whether the agents that are there keep this one from no blade.
+    pub(super) fn is_free(&self) -> bool {
+        self.required.is_empty()
+            && self.forbidden.is_empty()
+            && self.repelled.is_empty()
+            && !self.skews.iter().any(|skew| skew.is_required)
+    }
+
     /// Why the agents in the blade's domains keep this one away.
     pub(super) fn causes(&self, peers: &Peers, slot: u32) -> impl Iterator<Item = Cause> {
         let misses = self.required.iter().any(|need| {
