@@ -2,10 +2,10 @@
 # FAR_CACHE (default ~/.cache/far) holds what is fetched and built, CARGO_TARGET_DIR lies in it, PROFILE is release or dev.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest run down test test-unit bench bench-guest bench-net lint clean
+.PHONY: help setup build guest run down test test-unit bench bench-guest bench-net bench-placement lint clean
 
 help: ## This text
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing on this machine (Debian 12/13, Ubuntu 24.04)
 	@scripts/setup
@@ -36,6 +36,9 @@ bench-guest: ## Measure PID 1 of the guest against the same over tonic, tini and
 
 bench-net: ## Measure the guests' network against ip, nft and CNI plugins (root)
 	@scripts/bench net
+
+bench-placement: ## Measure choosing a blade against a full scan of all blades
+	@scripts/bench placement
 
 lint: ## Formatting, clippy and the shell scripts
 	@scripts/lint

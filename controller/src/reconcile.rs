@@ -260,7 +260,7 @@ impl Pass<'_> {
             Ok(request) => request,
             Err(message) => return self.learn(status, &Fact::Rejected { message: &message }).await,
         };
-        match world.place(&self.uid, request) {
+        match world.place(&self.uid, &request) {
             Err(unschedulable) if unschedulable.causes.contains_key(&Cause::Unreachable) && world.is_settling() => {
                 tracing::debug!(uid = self.uid, %unschedulable, "waiting for a blade's connection");
                 Ok(Next::Rest(Action::requeue(WAITING)))

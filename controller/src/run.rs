@@ -16,7 +16,7 @@ use kube::{
         watcher::{self, Event},
     },
 };
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet, time::MissedTickBehavior};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
@@ -40,6 +40,9 @@ use crate::{
 
 /// What still runs this long after the order to end is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// Between two looks whether somebody who waits for a blade has waited long enough to be tried again.
+const PLACEMENT_TICK: Duration = Duration::from_secs(1);
 
 /// Between two looks whether the join token in the file still works.
 const TOKEN_LOOK: Duration = Duration::from_secs(2);
@@ -301,6 +304,15 @@ fn work(
     let (watching, stopped) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
         watching.watch_over(stopped).await;
+        Ok(())
+    });
+    let (waiting, stopped) = (world.clone(), stop.clone());
+    tasks.spawn(async move {
+        let mut every = tokio::time::interval(PLACEMENT_TICK);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stopped.run_until_cancelled(every.tick()).await.is_some() {
+            waiting.tick();
+        }
         Ok(())
     });
     let context = Arc::new(Context {

@@ -6,7 +6,7 @@
 mod leaving;
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -15,8 +15,8 @@ use far_api::{FarAgent, FarNode};
 use far_core::{
     eviction::Patience,
     lifecycle::BladeView,
-    placement::{Blade, Placer, Request, Unschedulable},
-    status::{Report, Stage, Status},
+    placement::{Blade, Packing, Request, Scheduler, Unschedulable},
+    status::{Condition, ConditionKind, EndReason, Report, Stage, Status},
 };
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
@@ -25,8 +25,13 @@ use tonic::transport::Channel;
 use crate::{convert, dirty::Dirty};
 use leaving::Leaving;
 
-/// A blade that refused an agent is not asked again for this long.
-const REFUSAL: Duration = Duration::from_secs(10);
+/// Ends that speak against the blade rather than the agent.
+const BLADES_FAULTS: [EndReason; 4] = [
+    EndReason::BootTimeout,
+    EndReason::VmmCrashed,
+    EndReason::NetworkError,
+    EndReason::InitLost,
+];
 /// A blade that is not connected for less than this is expected back any moment: as long as a connection may take.
 const SETTLING: Duration = Duration::from_secs(10);
 /// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
@@ -43,8 +48,6 @@ struct Agent {
     written: Option<Arc<FarAgent>>,
     /// When the status was last written.
     wrote_at: Option<Instant>,
-    /// Blades that refused it.
-    refused: HashMap<String, Instant>,
 }
 
 /// A blade as the index keeps it.
@@ -87,10 +90,9 @@ impl Node {
 
 #[derive(Debug)]
 struct Inner {
-    placer: Placer,
+    scheduler: Scheduler,
     agents: HashMap<String, Agent>,
     on_blade: HashMap<String, HashSet<String>>,
-    pending: HashSet<String>,
     nodes: HashMap<String, Node>,
     /// Blades that are named but not there, since when.
     missing: HashMap<String, Instant>,
@@ -114,10 +116,9 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, lost_after: Duration, fence_after: Duration) -> Self {
         let inner = Inner {
-            placer: Placer::new(seed),
+            scheduler: Scheduler::new(seed, Packing::Spread),
             agents: HashMap::new(),
             on_blade: HashMap::new(),
-            pending: HashSet::new(),
             nodes: HashMap::new(),
             missing: HashMap::new(),
             fence_put_off: HashMap::new(),
@@ -150,7 +151,6 @@ impl World {
             attempt: 0,
             written: None,
             wrote_at: None,
-            refused: HashMap::new(),
         });
         if ours {
             entry.written = Some(Arc::new(agent.clone()));
@@ -179,12 +179,20 @@ impl World {
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
-        inner.pending.remove(&uid);
+        let now = self.now();
+        let scheduler = &mut inner.scheduler;
         if status.is_final() {
-            self.release_locked(&mut inner, &uid);
+            let is_news = scheduler.release(&uid, now);
+            if is_news && is_fault_of_blade(&status) {
+                scheduler.note_failure(node, now);
+            }
         } else if let Ok(request) = convert::request(agent) {
-            inner.placer.reserve(&uid, node, &request);
+            scheduler.reserve(&uid, node, &request, now);
+            if is_up(&status) {
+                scheduler.confirm(&uid, now);
+            }
         }
+        self.tell_woken(&mut inner);
     }
 
     /// The agent is gone from the API.
@@ -196,8 +204,8 @@ impl World {
                 reports.remove(uid);
             }
         }
-        inner.pending.remove(uid);
-        self.release_locked(&mut inner, uid);
+        inner.scheduler.forget(uid, self.now());
+        self.tell_woken(&mut inner);
     }
 
     /// After a complete list: whatever is not in it is gone.
@@ -227,20 +235,24 @@ impl World {
 
     // Placement.
 
-    /// Chooses a blade and holds its room until the choice is written or given back.
-    pub(crate) fn place(&self, uid: &str, mut request: Request) -> Result<String, Unschedulable> {
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Chooses a blade and holds its room until the choice is written or given back. Where there is none the agent waits
+    /// in line, and is looked at again when it has a blade.
+    pub(crate) fn place(&self, uid: &str, request: &Request) -> Result<String, Unschedulable> {
         let mut inner = self.lock();
-        if let Some(agent) = inner.agents.get_mut(uid) {
-            agent.refused.retain(|_, at| at.elapsed() < REFUSAL);
-            request.avoid = agent.refused.keys().cloned().collect::<BTreeSet<_>>();
-        }
-        let placed = inner.placer.place(uid, &request, self.begun.elapsed());
-        if placed.is_err() {
-            inner.pending.insert(uid.to_owned());
-        } else {
-            inner.pending.remove(uid);
-        }
+        let placed = inner.scheduler.place(uid, request, self.now());
+        self.tell_woken(&mut inner);
         placed
+    }
+
+    /// Time passed: backoffs and refusals end.
+    pub(crate) fn tick(&self) {
+        let mut inner = self.lock();
+        inner.scheduler.tick(self.now());
+        self.tell_woken(&mut inner);
     }
 
     /// A blade that only has to be connected to may take an agent in a moment: then nothing is said about it yet.
@@ -256,25 +268,17 @@ impl World {
     /// was not written is tried again in a moment, and waking others at every try would spin as fast as the API fails.
     pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
         let mut inner = self.lock();
-        let Some(blade) = refused_by else {
-            inner.placer.release(uid);
-            return;
-        };
-        if let Some(agent) = inner.agents.get_mut(uid) {
-            agent.refused.insert(blade.to_owned(), Instant::now());
+        match refused_by {
+            Some(blade) => inner.scheduler.refused(uid, blade, self.now()),
+            None => inner.scheduler.unwritten(uid),
         }
-        self.release_locked(&mut inner, uid);
+        self.tell_woken(&mut inner);
     }
 
-    fn release_locked(&self, inner: &mut Inner, uid: &str) {
-        if inner.placer.release(uid) {
-            self.wake_pending(inner);
-        }
-    }
-
-    fn wake_pending(&self, inner: &Inner) {
-        for uid in &inner.pending {
-            if let Some(agent) = inner.agents.get(uid) {
+    /// Agents that were placed while others asked, or should ask again.
+    fn tell_woken(&self, inner: &mut Inner) {
+        for uid in inner.scheduler.take_woken() {
+            if let Some(agent) = inner.agents.get(&uid) {
                 self.dirty.mark(agent.reference.clone());
             }
         }
@@ -323,9 +327,8 @@ impl World {
             cordoned: node.revoked || node.blade.cordoned,
             ..node.blade.clone()
         };
-        if inner.placer.upsert_blade(name, blade) {
-            self.wake_pending(inner);
-        }
+        inner.scheduler.upsert_blade(name, blade, self.now());
+        self.tell_woken(inner);
     }
 
     /// The blade is gone from the API.
@@ -333,10 +336,10 @@ impl World {
         let mut inner = self.lock();
         inner.nodes.remove(name);
         inner.reports.remove(name);
-        inner.placer.remove_blade(name);
+        inner.scheduler.remove_blade(name, self.now());
         inner.missing.insert(name.to_owned(), Instant::now());
         self.wake_blade(&inner, name);
-        self.wake_pending(&inner);
+        self.tell_woken(&mut inner);
     }
 
     fn wake_blade(&self, inner: &Inner, name: &str) {
@@ -518,6 +521,17 @@ impl Inner {
             reports.insert(uid.to_owned(), report);
         }
     }
+}
+
+/// Whether the microVM is no longer on its way up.
+fn is_up(status: &Status) -> bool {
+    let is_booted = |one: &Condition| one.kind == ConditionKind::Booted && one.holds;
+    status.conditions.iter().any(is_booted)
+}
+
+fn is_fault_of_blade(status: &Status) -> bool {
+    let reason = status.reason.as_deref();
+    BLADES_FAULTS.iter().any(|fault| reason == Some(fault.as_str()))
 }
 
 /// resourceVersion as the number it is in every API server; 0 where it is none.

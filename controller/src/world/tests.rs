@@ -32,7 +32,7 @@ fn node(name: &str) -> FarNode {
 }
 
 fn place(world: &World, agent: &FarAgent) -> Result<String, Unschedulable> {
-    world.place(&agent.uid().unwrap(), convert::request(agent).unwrap())
+    world.place(&agent.uid().unwrap(), &convert::request(agent).unwrap())
 }
 
 /// Names of the agents that are to be looked at again.

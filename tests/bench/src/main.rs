@@ -6,6 +6,7 @@ mod cpu;
 mod guest;
 mod hello;
 mod net;
+mod placement;
 mod report;
 mod skeleton;
 mod tap;
@@ -42,6 +43,8 @@ enum Bench {
         #[arg(long)]
         socket: PathBuf,
     },
+    /// Choosing a blade, against a full scan of all blades.
+    Placement,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -50,6 +53,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Guest => report::publish("guest", &arguments.out, &guest::rows(arguments.rounds)?),
         Bench::GuestPeer { socket } => guest::peer::serve(&socket),
         Bench::Net => report::publish("net", &arguments.out, &net::rows(arguments.rounds)?),
+        Bench::Placement => report::publish("placement", &arguments.out, &placement::rows(arguments.rounds)?),
         Bench::Skeleton => report::publish("skeleton", &arguments.out, &skeleton::rows(arguments.rounds)?),
     }
 }

@@ -10,8 +10,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use far_core::placement::{
-    AgentAffinity, AgentTerm, Blade, Effect, Labels, NodeAffinity, Operator, Overcommit, Packing, Placer, Pool, Request,
-    Requirement, Selector, Spread, Taint, Toleration,
+    AgentAffinity, AgentTerm, Blade, Effect, Labels, NodeAffinity, Operator, Overcommit, Packing, Placer, Pool,
+    Request, Requirement, Selector, Spread, Taint, Toleration,
 };
 
 use crate::{
@@ -42,14 +42,28 @@ pub(crate) fn rows(rounds: usize) -> Result<Vec<Row>> {
     }
     let mut rows = Vec::new();
     for (size, measured) in SIZES.iter().zip(&measured) {
-        let pick = |what: fn(&Measured) -> f64| measured.iter().map(|(ours, peer)| (what(ours), Some(what(peer)))).collect();
+        let pick = |what: fn(&Measured) -> f64| {
+            measured
+                .iter()
+                .map(|(ours, peer)| (what(ours), Some(what(peer))))
+                .collect()
+        };
         let what = format!("place one agent and take one away, {size} blades");
-        rows.push(Row::of(&what, "CPU us", pick(|one| one.cpu_micros), Some(SCAN), Some(Goal::RatioAtMost(1.0))));
+        rows.push(Row::of(
+            &what,
+            "CPU us",
+            pick(|one| one.cpu_micros),
+            Some(SCAN),
+            Some(Goal::RatioAtMost(1.0)),
+        ));
         let what = format!("p99 of placing, {size} blades");
         rows.push(Row::of(&what, "us", pick(|one| one.p99_micros), Some(SCAN), None));
     }
     let largest = measured.last().context("no size")?;
-    let goal = largest.iter().map(|(ours, _)| (ours.cpu_micros, Some(GOAL_MICROS))).collect();
+    let goal = largest
+        .iter()
+        .map(|(ours, _)| (ours.cpu_micros, Some(GOAL_MICROS)))
+        .collect();
     rows.push(Row::of(
         "place one agent and take one away, 10000 blades",
         "CPU us",
@@ -136,11 +150,17 @@ impl Scan {
             let cpu = left(blade.cpu_room(), load.cpu_millis, request.cpu_millis);
             let memory = left(blade.memory_room(), load.memory_mib, request.memory_mib);
             let has: u64 = blade.extended.values().sum();
-            let (Some(cpu), Some(memory)) = (cpu, memory) else { continue };
+            let (Some(cpu), Some(memory)) = (cpu, memory) else {
+                continue;
+            };
             if load.devices + devices > has || blade.refuses(request).is_some() {
                 continue;
             }
-            let local = if blade.images.contains_key(&request.image) { 100 } else { 0 };
+            let local = if blade.images.contains_key(&request.image) {
+                100
+            } else {
+                0
+            };
             let score = cpu * 500 / blade.cpu_room() + memory * 500 / blade.memory_room() + local;
             if best.is_none_or(|(other, _)| score > other) {
                 best = Some((score, name));
@@ -159,7 +179,9 @@ impl Scan {
     }
 
     fn change(&mut self, name: &str, request: &Request, more: bool) {
-        let Some((_, load)) = self.blades.get_mut(name) else { return };
+        let Some((_, load)) = self.blades.get_mut(name) else {
+            return;
+        };
         let devices: u64 = request.extended.values().sum();
         for (sum, amount) in [
             (&mut load.cpu_millis, request.cpu_millis),
@@ -174,7 +196,8 @@ impl Scan {
 fn scan(blades: usize) -> Result<Measured> {
     let mut scan = Scan::default();
     for number in 0..blades {
-        scan.blades.insert(format!("blade-{number}"), (blade(number), Load::default()));
+        scan.blades
+            .insert(format!("blade-{number}"), (blade(number), Load::default()));
     }
     let requests: Vec<Request> = (0..KINDS).map(request).collect();
     let mut there = VecDeque::new();
@@ -195,7 +218,10 @@ fn scan(blades: usize) -> Result<Measured> {
 }
 
 fn labels(pairs: &[(&str, String)]) -> Labels {
-    pairs.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect()
+    pairs
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), value.clone()))
+        .collect()
 }
 
 fn blade(number: usize) -> Blade {
@@ -208,7 +234,10 @@ fn blade(number: usize) -> Blade {
         labels: labels(&[
             ("tiffany.dev/blade", format!("blade-{number}")),
             ("topology.kubernetes.io/zone", format!("zone-{}", number % 8)),
-            ("kubernetes.io/arch", if number.is_multiple_of(4) { "arm64" } else { "amd64" }.to_owned()),
+            (
+                "kubernetes.io/arch",
+                if number.is_multiple_of(4) { "arm64" } else { "amd64" }.to_owned(),
+            ),
             ("disk", if number.is_multiple_of(2) { "nvme" } else { "ssd" }.to_owned()),
         ]),
         cpu_millis: size * 16_000,
@@ -219,9 +248,17 @@ fn blade(number: usize) -> Blade {
         },
         overhead_mib: 16,
         max_vms: 500,
-        extended: if has_devices { [(GPU.to_owned(), 8)].into() } else { BTreeMap::new() },
+        extended: if has_devices {
+            [(GPU.to_owned(), 8)].into()
+        } else {
+            BTreeMap::new()
+        },
         images: (0..4).map(|offset| image((number + offset) % 16)).collect(),
-        warm: if number.is_multiple_of(16) { [("default/warm".to_owned(), 2)].into() } else { BTreeMap::new() },
+        warm: if number.is_multiple_of(16) {
+            [("default/warm".to_owned(), 2)].into()
+        } else {
+            BTreeMap::new()
+        },
         ..Blade::default()
     }
 }
