@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
+use far_core::placement::Packing;
 
 /// Options of `far-controller run`.
 #[derive(Debug, Clone, Args)]
@@ -65,6 +66,9 @@ pub struct Config {
     /// Agents worked on at the same time.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub concurrency: u16,
+    /// Which of the blades that will do is better: spread (the emptiest) or binpack (the fullest).
+    #[arg(long, env = "FAR_PACKING", default_value = "spread", value_parser = packing)]
+    pub packing: Packing,
     /// Decides ties between equal blades; default: random.
     #[arg(long)]
     pub seed: Option<u64>,
@@ -94,6 +98,7 @@ impl Config {
             certificate_life: Duration::from_secs(86_400),
             lease_duration: Duration::from_secs(15),
             concurrency: 32,
+            packing: Packing::Spread,
             seed: None,
         }
     }
@@ -103,5 +108,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=31_536_000.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         Ok(_) | Err(_) => Err("a number of seconds from 0.1 to 31536000 is needed".to_owned()),
+    }
+}
+
+fn packing(text: &str) -> Result<Packing, String> {
+    match text {
+        "spread" => Ok(Packing::Spread),
+        "binpack" => Ok(Packing::Binpack),
+        _ => Err("spread or binpack is needed".to_owned()),
     }
 }

@@ -1,13 +1,11 @@
 //! The edges: the API's status and the node API's messages become `far-core` types, and back.
 
 use far_api::{
-    BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase,
-    TaintEffect,
-    scheduling::{Toleration as ApiToleration, TolerationOperator},
+    BootResources, Claimed, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase, placement,
 };
+pub(crate) use far_api::placement::{is_ready, request, taint, toleration};
 use far_core::{
-    placement::{Blade, Effect, Request, Taint, Toleration},
-    quantity::{self, QuantityError},
+    placement::Blade,
     retry::Counts,
     status::{
         Claim, Condition, ConditionKind, End, EndReason, LastAttempt, Phase, Report, Resources, Stage, Stamp, Status,
@@ -22,101 +20,17 @@ use k8s_openapi::{
 /// Longest texts taken from a blade, bytes; its own bounds are 1 KiB and 2 KiB.
 const MAX_TEXT: usize = 4096;
 
-/// What placement needs of an agent.
-pub(crate) fn request(agent: &FarAgent) -> Result<Request, String> {
-    let spec = &agent.spec;
-    let field = |name: &'static str| move |error: QuantityError| format!("spec.{name}: {error}");
-    Ok(Request {
-        namespace: agent.metadata.namespace.clone().unwrap_or_default(),
-        labels: agent.metadata.labels.clone().unwrap_or_default(),
-        cpu_millis: quantity::cpu_millis(&spec.cpu.to_string()).map_err(field("cpu"))?,
-        memory_mib: quantity::memory_mib(&spec.memory.to_string()).map_err(field("memory"))?,
-        image: spec.image.clone(),
-        node_selector: spec.node_selector.clone().unwrap_or_default(),
-        node_name: spec.node_name.clone(),
-        ..Request::default()
-    })
-}
-
 /// What placement needs of a blade.
 pub(crate) fn blade(node: &FarNode) -> Blade {
-    let status = node.status.clone().unwrap_or_default();
-    let room = status.allocatable.as_ref();
-    let amount = |text: Option<String>, read: fn(&str) -> Result<u64, QuantityError>| {
-        text.and_then(|text| read(&text).ok()).unwrap_or(0)
-    };
-    let mut labels = status.labels.clone().unwrap_or_default();
-    labels.extend(node.metadata.labels.clone().unwrap_or_default());
-    if let Some(name) = &node.metadata.name {
-        labels.insert("tiffany.dev/blade".to_owned(), name.clone());
-        // As people are used to from Nodes; unless somebody means something else by it.
-        labels
-            .entry("kubernetes.io/hostname".to_owned())
-            .or_insert_with(|| name.clone());
+    let (blade, complaints) = placement::blade(node);
+    for complaint in complaints {
+        tracing::warn!(
+            blade = node.metadata.name,
+            complaint,
+            "a setting of a blade cannot be read"
+        );
     }
-    if let Some(info) = &status.node_info {
-        labels.insert("tiffany.dev/arch".to_owned(), info.arch.clone());
-        labels
-            .entry("kubernetes.io/arch".to_owned())
-            .or_insert_with(|| info.arch.clone());
-    }
-    let images = status.images.unwrap_or_default().into_iter();
-    Blade {
-        ready: is_ready(node),
-        // The API does not know that: the links do.
-        unreachable: false,
-        cordoned: node.spec.unschedulable.unwrap_or(false) || node.spec.drain.is_some(),
-        taints: node.spec.taints.iter().flatten().map(taint).collect(),
-        labels,
-        cpu_millis: amount(room.map(|room| room.cpu.to_string()), quantity::cpu_millis),
-        memory_mib: amount(room.map(|room| room.memory.to_string()), quantity::memory_mib),
-        max_vms: room.and_then(|room| room.vms).unwrap_or(0),
-        images: images
-            .flat_map(|image| {
-                let bytes = image
-                    .size_bytes
-                    .and_then(|bytes| u64::try_from(bytes).ok())
-                    .unwrap_or(0);
-                let names = image.names.into_iter().chain([image.digest]);
-                names.map(move |name| (name, bytes))
-            })
-            .collect(),
-        ..Blade::default()
-    }
-}
-
-pub(crate) fn taint(taint: &far_api::Taint) -> Taint {
-    Taint {
-        key: taint.key.clone(),
-        value: taint.value.clone().unwrap_or_default(),
-        effect: effect(taint.effect),
-    }
-}
-
-fn effect(effect: TaintEffect) -> Effect {
-    match effect {
-        TaintEffect::NoSchedule => Effect::NoSchedule,
-        TaintEffect::PreferNoSchedule => Effect::PreferNoSchedule,
-        TaintEffect::NoExecute => Effect::NoExecute,
-    }
-}
-
-/// What a toleration bears.
-pub(crate) fn toleration(one: &ApiToleration) -> Toleration {
-    let compares = one.operator != Some(TolerationOperator::Exists);
-    Toleration {
-        key: one.key.clone(),
-        value: compares.then(|| one.value.clone().unwrap_or_default()),
-        effect: one.effect.map(effect),
-    }
-}
-
-/// Whether the blade was heard of lately.
-pub(crate) fn is_ready(node: &FarNode) -> bool {
-    let conditions = node.status.iter().flat_map(|status| &status.conditions);
-    conditions
-        .into_iter()
-        .any(|one| one.type_ == "Ready" && one.status == "True")
+    blade
 }
 
 /// What the API claims of an agent.

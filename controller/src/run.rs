@@ -111,6 +111,7 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
     let world = Arc::new(World::new(
         config.seed.unwrap_or_else(rand::random),
+        config.packing,
         config.node_lost_after,
         config.fence_after + config.fence_margin,
     ));

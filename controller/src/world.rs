@@ -114,9 +114,9 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, lost_after: Duration, fence_after: Duration) -> Self {
+    pub(crate) fn new(seed: u64, packing: Packing, lost_after: Duration, fence_after: Duration) -> Self {
         let inner = Inner {
-            scheduler: Scheduler::new(seed, Packing::Spread),
+            scheduler: Scheduler::new(seed, packing),
             agents: HashMap::new(),
             on_blade: HashMap::new(),
             nodes: HashMap::new(),

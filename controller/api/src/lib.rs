@@ -12,6 +12,7 @@ pub mod agent;
 pub mod crds;
 pub mod network;
 pub mod node;
+pub mod placement;
 pub mod pool;
 pub mod quantity;
 pub mod scheduling;

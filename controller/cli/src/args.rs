@@ -61,6 +61,9 @@ pub(crate) enum Command {
     Get(GetArgs),
     /// Show one resource with its conditions and events
     Describe(DescribeArgs),
+    /// Show what the placer would decide about an agent now, and why: every blade, filter and score
+    #[command(after_help = crate::explain::EXAMPLES)]
+    Explain(crate::explain::ExplainArgs),
     /// Delete resources and wait until they are gone
     #[command(
         after_help = "Examples:\n  far delete faragent embedder-worker-01\n  far delete -f examples/embedder.yaml"
@@ -134,6 +137,9 @@ pub(crate) enum PluginCommand {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Show what the placer would decide about an agent now, and why: every blade, filter and score
+    #[command(after_help = crate::explain::EXAMPLES)]
+    Explain(crate::explain::ExplainArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

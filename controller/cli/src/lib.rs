@@ -18,6 +18,7 @@ mod down;
 mod drain;
 mod exec;
 mod exit;
+mod explain;
 mod folders;
 mod forward;
 mod get;
@@ -67,6 +68,7 @@ pub fn far() -> ExitCode {
             Command::Apply(args) => apply::apply(&cluster, &args).await,
             Command::Get(args) => get::get(&cluster, &args).await,
             Command::Describe(args) => describe::describe(&cluster, &args).await,
+            Command::Explain(args) => explain::explain(&cluster, &args).await,
             Command::Delete(args) => delete::delete(&cluster, &args).await,
             Command::Wait(args) => wait::wait(&cluster, &args).await,
             Command::Logs(args) => logs::logs(&cluster, &folders, &args).await,
@@ -104,6 +106,7 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Cordon(args) => drain::cordon(&cluster, &args).await,
             PluginCommand::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             PluginCommand::Drain(args) => drain::drain(&cluster, &args).await,
+            PluginCommand::Explain(args) => explain::explain(&cluster, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

@@ -47,7 +47,7 @@ fn marked(world: &World) -> Vec<String> {
 
 #[test]
 fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
     world.observe(&one, false);
     world.observe(&other, false);
@@ -69,6 +69,37 @@ fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent
 }
 
 #[test]
+fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_only_it() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
+    let holder = agent("holder", Value::Null);
+    world.observe(&holder, false);
+    assert_eq!(place(&world, &holder).unwrap(), "b1");
+    for (name, priority) in [("first", 0), ("high", 5), ("last", 0)] {
+        let mut waiting = agent(name, Value::Null);
+        waiting.spec.priority = Some(priority);
+        world.observe(&waiting, false);
+        assert!(place(&world, &waiting).is_err());
+    }
+    marked(&world);
+    // Its end is written: the room is the next one's before anybody asks.
+    world.observe(&agent("holder", json!({"nodeName": "b1", "phase": "Failed", "conditions": [failed()]})), false);
+    assert_eq!(marked(&world), ["high"]);
+    let late = agent("late", Value::Null);
+    world.observe(&late, false);
+    assert!(place(&world, &late).is_err(), "who comes now stands behind");
+    world.forget("high");
+    assert_eq!(marked(&world), ["first"]);
+}
+
+fn failed() -> Value {
+    json!({
+        "type": "Failed", "status": "True", "reason": "Error", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
+    })
+}
+
+#[test]
 fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced() {
     let on_b1 = Status {
         node: Some("b1".into()),
@@ -79,7 +110,7 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
         (Duration::ZERO, LONG, BladeView::Lost),
         (Duration::ZERO, Duration::ZERO, BladeView::Fenced),
     ] {
-        let world = World::new(1, lost_after, fence_after);
+        let world = World::new(1, Packing::Spread, lost_after, fence_after);
         world.observe_node(&node("b1"));
         assert_eq!(world.view("one", &on_b1, &[]).blade, expected, "never reached");
         world.synced("b1", &HashSet::new());
@@ -92,7 +123,7 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
 
 #[test]
 fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let one = agent("one", Value::Null);
     world.observe(&one, false);
     world.observe_node(&node("b1"));
@@ -130,7 +161,7 @@ fn ended(attempt: u32, reason: EndReason) -> Report {
 
 #[test]
 fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_there() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let on = |node: Value, attempt: u32| agent("one", json!({"nodeName": node, "attempt": attempt}));
     let runs = |attempt| Report {
         stage: Stage::Running,
@@ -164,7 +195,7 @@ fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_th
 
 #[test]
 fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let one = |node: Value, version: &str| {
         let mut one = agent("one", json!({"nodeName": node, "attempt": 1}));
         one.metadata.resource_version = Some(version.to_owned());
@@ -184,7 +215,7 @@ fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
 
 #[test]
 fn agents_leave_a_blade_that_is_emptied_or_that_they_cannot_bear() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let on_b1 = Status {
         node: Some("b1".into()),
         ..Status::default()

@@ -117,16 +117,30 @@ impl Machine {
 
     /// Sets an agent's status, as the controller would.
     pub(crate) async fn set_status(&self, name: &str, status: &Value) {
+        self.set_status_of("faragents", "v1", Some("default"), name, status)
+            .await;
+    }
+
+    /// Sets the status of any of our objects.
+    pub(crate) async fn set_status_of(
+        &self,
+        plural: &str,
+        version: &str,
+        namespace: Option<&str>,
+        name: &str,
+        status: &Value,
+    ) {
         let kubeconfig = Kubeconfig::read_from(self.dir.path().join("state/kubeconfig")).unwrap();
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
             .await
             .unwrap();
-        let request = Request::patch(format!(
-            "/apis/tiffany.dev/v1/namespaces/default/faragents/{name}/status"
-        ))
-        .header("Content-Type", "application/merge-patch+json")
-        .body(serde_json::json!({ "status": status }).to_string().into_bytes())
-        .unwrap();
+        let within = namespace
+            .map(|namespace| format!("namespaces/{namespace}/"))
+            .unwrap_or_default();
+        let request = Request::patch(format!("/apis/tiffany.dev/{version}/{within}{plural}/{name}/status"))
+            .header("Content-Type", "application/merge-patch+json")
+            .body(serde_json::json!({ "status": status }).to_string().into_bytes())
+            .unwrap();
         let _: Value = Client::try_from(config).unwrap().request(request).await.unwrap();
     }
 }

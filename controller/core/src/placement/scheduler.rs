@@ -17,7 +17,7 @@ use std::{
 };
 
 use super::{
-    AgentTerm, Blade, Cause, Labels, Packing, Placer, Request, Unschedulable,
+    AgentTerm, Blade, Cause, Explanation, Labels, Packing, Placer, Request, Unschedulable,
     queue::{Entry, Queue},
 };
 
@@ -214,6 +214,11 @@ impl Scheduler {
             }
         }
         names.into_iter()
+    }
+
+    /// The table behind what [`Self::place`] would decide now, if nobody stood before it in line.
+    pub fn explain(&mut self, uid: &str, request: &Request) -> Explanation {
+        self.placer.explain(uid, request)
     }
 
     // What happens to agents.
