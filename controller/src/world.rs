@@ -171,28 +171,27 @@ impl World {
             inner.leave(before.as_deref(), &uid);
         }
         let Some(node) = &status.node else {
-            // Its attempt is over, and the next one is not placed. (A blade that is chosen and not written yet is no
-            // change from one blade to none.)
-            if before.is_some() {
+            // Its attempt is over, or it asks for no blade any more: neither holds room nor stands in line. (A blade that
+            // is chosen and not written yet is no change from one blade to none.)
+            let is_wanted = agent.metadata.deletion_timestamp.is_none() && agent.spec.suspend != Some(true);
+            if before.is_some() || !is_wanted {
                 self.release_locked(&mut inner, &uid);
             }
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
-        let now = self.now();
-        let scheduler = &mut inner.scheduler;
         if status.is_final() {
-            let is_news = scheduler.release(&uid, now);
+            let is_news = self.release_locked(&mut inner, &uid);
             if is_news && is_fault_of_blade(&status) {
-                scheduler.note_failure(node, now);
+                inner.scheduler.note_failure(node, self.now());
             }
         } else if let Ok(request) = convert::request(agent) {
-            scheduler.reserve(&uid, node, &request, now);
+            inner.scheduler.reserve(&uid, node, &request, self.now());
             if is_up(&status) {
-                scheduler.confirm(&uid, now);
+                inner.scheduler.confirm(&uid, self.now());
             }
+            self.tell_woken(&mut inner);
         }
-        self.tell_woken(&mut inner);
     }
 
     /// The agent is gone from the API.
@@ -273,6 +272,13 @@ impl World {
             None => inner.scheduler.unwritten(uid),
         }
         self.tell_woken(&mut inner);
+    }
+
+    /// The agent holds no room any more, and stands in no line; true when it held any.
+    fn release_locked(&self, inner: &mut Inner, uid: &str) -> bool {
+        let held = inner.scheduler.release(uid, self.now());
+        self.tell_woken(inner);
+        held
     }
 
     /// Agents that were placed while others asked, or should ask again.

@@ -84,13 +84,43 @@ fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_o
     }
     marked(&world);
     // Its end is written: the room is the next one's before anybody asks.
-    world.observe(&agent("holder", json!({"nodeName": "b1", "phase": "Failed", "conditions": [failed()]})), false);
+    world.observe(
+        &agent(
+            "holder",
+            json!({"nodeName": "b1", "phase": "Failed", "conditions": [failed()]}),
+        ),
+        false,
+    );
     assert_eq!(marked(&world), ["high"]);
     let late = agent("late", Value::Null);
     world.observe(&late, false);
     assert!(place(&world, &late).is_err(), "who comes now stands behind");
     world.forget("high");
     assert_eq!(marked(&world), ["first"]);
+}
+
+#[test]
+fn who_is_suspended_or_deleted_leaves_the_line_and_its_room() {
+    for change in [json!({"suspend": true}), json!({"deleted": true})] {
+        let world = World::new(1, Packing::Spread, LONG, LONG);
+        world.observe_node(&node("b1"));
+        world.synced("b1", &HashSet::new());
+        let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
+        for agent in [&one, &other] {
+            world.observe(agent, false);
+        }
+        assert_eq!(place(&world, &one).unwrap(), "b1");
+        assert!(place(&world, &other).is_err());
+        let mut changed = one.clone();
+        if change["suspend"] == json!(true) {
+            changed.spec.suspend = Some(true);
+        } else {
+            changed.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        }
+        marked(&world);
+        world.observe(&changed, false);
+        assert_eq!(marked(&world), ["other"], "{change}");
+    }
 }
 
 fn failed() -> Value {
