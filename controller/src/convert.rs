@@ -1,9 +1,9 @@
 //! The edges: the API's status and the node API's messages become `far-core` types, and back.
 
+pub(crate) use far_api::placement::{is_ready, request, taint, toleration};
 use far_api::{
     BootResources, Claimed, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase, placement,
 };
-pub(crate) use far_api::placement::{is_ready, request, taint, toleration};
 use far_core::{
     placement::Blade,
     retry::Counts,

@@ -177,12 +177,21 @@ impl World {
             if before.is_some() || !is_wanted {
                 self.release_locked(&mut inner, &uid);
             }
+            // It is to be tried again, after an end there.
+            let ended = status
+                .last_attempt
+                .filter(|last| last.attempt == status.attempt && last.node == before);
+            if let (Some(last), Some(blade)) = (ended, &before)
+                && is_fault_of_blade(&last.reason)
+            {
+                inner.scheduler.note_failure(blade, self.now());
+            }
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
         if status.is_final() {
             let is_news = self.release_locked(&mut inner, &uid);
-            if is_news && is_fault_of_blade(&status) {
+            if is_news && is_fault_of_blade(status.reason.as_deref().unwrap_or_default()) {
                 inner.scheduler.note_failure(node, self.now());
             }
         } else if let Ok(request) = convert::request(agent) {
@@ -535,9 +544,8 @@ fn is_up(status: &Status) -> bool {
     status.conditions.iter().any(is_booted)
 }
 
-fn is_fault_of_blade(status: &Status) -> bool {
-    let reason = status.reason.as_deref();
-    BLADES_FAULTS.iter().any(|fault| reason == Some(fault.as_str()))
+fn is_fault_of_blade(reason: &str) -> bool {
+    BLADES_FAULTS.iter().any(|fault| fault.as_str() == reason)
 }
 
 /// resourceVersion as the number it is in every API server; 0 where it is none.
