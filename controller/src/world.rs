@@ -215,6 +215,15 @@ impl World {
             if before.is_some() || !is_wanted {
                 self.release_locked(&mut inner, &uid);
             }
+            // It is to be tried again, after an end there.
+            let ended = status
+                .last_attempt
+                .filter(|last| last.attempt == status.attempt && last.node == before);
+            if let (Some(last), Some(blade)) = (ended, &before)
+                && is_fault_of_blade(&last.reason)
+            {
+                inner.scheduler.note_failure(blade, self.now());
+            }
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());

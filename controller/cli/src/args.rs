@@ -149,6 +149,9 @@ pub(crate) enum PluginCommand {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Show what the placer would decide about an agent now, and why: every blade, filter and score
+    #[command(after_help = crate::explain::EXAMPLES)]
+    Explain(crate::explain::ExplainArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

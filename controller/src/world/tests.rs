@@ -225,7 +225,7 @@ fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_th
 
 #[test]
 fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let one = |node: Value, version: &str| {
         let mut one = agent("one", json!({"nodeName": node, "attempt": 1}));
         one.metadata.resource_version = Some(version.to_owned());
@@ -245,7 +245,7 @@ fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
 
 #[test]
 fn agents_leave_a_blade_that_is_emptied_or_that_they_cannot_bear() {
-    let world = World::new(1, LONG, LONG);
+    let world = World::new(1, Packing::Spread, LONG, LONG);
     let on_b1 = Status {
         node: Some("b1".into()),
         ..Status::default()
