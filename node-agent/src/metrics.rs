@@ -4,18 +4,11 @@
 
 use crate::{agent::Blade, record::Phase};
 use anyhow::{Context, Result};
-use http_body_util::Full;
-use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use far_serve::Page;
 use prometheus::{Encoder, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
-use std::{convert::Infallible, sync::Arc, time::Duration};
-use tokio::{net::TcpListener, task::JoinSet};
+use std::sync::Arc;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-
-/// Connections at a time; more wait in the backlog.
-const MAX_CONNECTIONS: usize = 16;
-/// From accept to the answer.
-const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a channel is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -250,49 +243,16 @@ fn whole(value: u64) -> i64 {
 
 /// Serves `GET /metrics` until `shutdown`.
 pub(crate) async fn serve(listener: TcpListener, blade: Arc<Blade>, shutdown: CancellationToken) -> Result<()> {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => {
-                let (stream, _) = match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) if connections.is_empty() => return Err(error).context("accepting on --metrics-listen"),
-                    Err(_) => continue,
-                };
-                let blade = blade.clone();
-                connections.spawn(async move {
-                    let service = service_fn(move |request| {
-                        let answer = answer(&request, &blade);
-                        async move { Ok::<_, Infallible>(answer) }
-                    });
-                    let serving = http1::Builder::new()
-                        .timer(TokioTimer::new())
-                        .keep_alive(false)
-                        .serve_connection(TokioIo::new(stream), service);
-                    // A client that breaks off or stalls is no concern of ours.
-                    let _ = tokio::time::timeout(REQUEST_LIMIT, serving).await;
-                });
-            }
-        }
-    }
-}
-
-fn answer<B>(request: &Request<B>, blade: &Blade) -> Response<Full<Bytes>> {
-    let (status, kind, text) = match (request.method().as_str(), request.uri().path()) {
-        ("GET", "/metrics") => (StatusCode::OK, prometheus::TEXT_FORMAT, blade.metrics.text(blade)),
-        ("GET", "/healthz") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        _ => (
-            StatusCode::NOT_FOUND,
-            "text/plain",
-            "GET /metrics or /healthz\n".to_owned(),
-        ),
+    let page = move |path: &str| match path {
+        "/metrics" => Some(Page {
+            code: 200,
+            kind: prometheus::TEXT_FORMAT,
+            text: blade.metrics.text(&blade),
+        }),
+        "/healthz" => Some(Page::plain(200, "ok\n")),
+        _ => None,
     };
-    let mut response = Response::new(Full::new(Bytes::from(text)));
-    *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert("content-type", hyper::header::HeaderValue::from_static(kind));
-    response
+    far_serve::pages(listener, page, shutdown)
+        .await
+        .context("accepting on --metrics-listen")
 }

@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::builtin::{CRD_STORAGE, NAMESPACE_STORAGE};
 use crate::api::registry::Registry;
 use crate::api::resource::Resource;
+use crate::auth::Tokens;
 use crate::faults::Faults;
 use crate::meta;
 use crate::store::Store;
@@ -16,7 +17,7 @@ pub(crate) struct App {
     pub faults: Faults,
     /// `/debug/faults` exists.
     pub debug_faults: bool,
-    pub token: String,
+    pub tokens: Tokens,
     pub stopping: CancellationToken,
     /// `host:port` that is served.
     pub address: String,

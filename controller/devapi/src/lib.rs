@@ -1,10 +1,11 @@
 //! Embedded Kubernetes API for one machine: what `far up` and the tests use where there is no cluster. It serves the
-//! kinds FAR needs with the real server's semantics (versions, watches, server-side apply, CRDs with CEL rules), to one
-//! user, from one file. Not for production, and not a whole Kubernetes: see the README for what differs.
+//! kinds FAR needs with the real server's semantics (versions, watches, server-side apply, CRDs with CEL rules, RBAC), to
+//! an administrator and to service accounts, from one file. Not for production, and not a whole Kubernetes: see the README for what differs.
 //!
 //! ```text
 //! server (TLS, token, routes) ─► handlers (one per verb) ─► store (memory + fsynced file + bounded history)
 //!        │                            │
+//!        ├─► auth (tokens, RBAC)      │
 //!        └─► api (kinds, discovery)   └─► schema, patch, admission, table (pure)      gc (owners, namespaces, CRDs)
 //! ```
 #![forbid(unsafe_code)]
@@ -12,7 +13,7 @@
 mod admission;
 mod api;
 mod app;
-mod connections;
+mod auth;
 mod error;
 pub mod faults;
 mod gc;
@@ -116,7 +117,7 @@ impl DevApi {
             registry,
             faults: faults.clone(),
             debug_faults: config.enable_fault_injection,
-            token: identity.token.clone(),
+            tokens: auth::Tokens::new(identity.token.clone()),
             stopping: CancellationToken::new(),
             address: address.to_string(),
         });
@@ -153,6 +154,13 @@ impl DevApi {
     /// Forgets the rests of paged lists, as time does: their tokens answer 410.
     pub fn expire_pages(&self) {
         self.app.store.forget_snapshots();
+    }
+}
+
+impl DevApi {
+    /// Ends every token that service accounts have, as time does.
+    pub fn expire_tokens(&self) {
+        self.app.tokens.expire();
     }
 }
 

@@ -99,10 +99,71 @@ const SERVICE_ACCOUNT: &[Field] = &[
     many(3, "imagePullSecrets", Kind::Message(&[one(1, "name", Kind::Text)])),
     one(4, "automountServiceAccountToken", Kind::Bool),
 ];
-const REVIEW: &[Field] = &[
+/// A question: metadata, what is asked, and the answer that is still empty.
+const fn review(spec: &'static [Field]) -> [Field; 3] {
+    [
+        one(1, "metadata", Kind::Message(META)),
+        one(2, "spec", Kind::Message(spec)),
+        one(3, "status", Kind::Ignored),
+    ]
+}
+const RESOURCE_ATTRIBUTES: &[Field] = &[
+    one(1, "namespace", Kind::Text),
+    one(2, "verb", Kind::Text),
+    one(3, "group", Kind::Text),
+    one(4, "version", Kind::Text),
+    one(5, "resource", Kind::Text),
+    one(6, "subresource", Kind::Text),
+    one(7, "name", Kind::Text),
+    one(8, "fieldSelector", Kind::Ignored),
+    one(9, "labelSelector", Kind::Ignored),
+];
+const PATH_ATTRIBUTES: &[Field] = &[one(1, "path", Kind::Text), one(2, "verb", Kind::Text)];
+const ACCESS_REVIEW: &[Field] = &review(&[
+    one(1, "resourceAttributes", Kind::Message(RESOURCE_ATTRIBUTES)),
+    one(2, "nonResourceAttributes", Kind::Message(PATH_ATTRIBUTES)),
+]);
+const RULES_REVIEW: &[Field] = &review(&[one(1, "namespace", Kind::Text)]);
+const TOKEN_REVIEW: &[Field] = &review(&[one(1, "token", Kind::Text), many(2, "audiences", Kind::Text)]);
+const TOKEN_REQUEST: &[Field] = &review(&[
+    many(1, "audiences", Kind::Text),
+    one(3, "boundObjectRef", Kind::Ignored),
+    one(4, "expirationSeconds", Kind::Integer),
+]);
+/// `SelfSubjectReview` has no spec: its second field is the answer.
+const SELF_REVIEW: &[Field] = &[one(1, "metadata", Kind::Message(META)), one(2, "status", Kind::Ignored)];
+const RULE: &[Field] = &[
+    many(1, "verbs", Kind::Text),
+    many(2, "apiGroups", Kind::Text),
+    many(3, "resources", Kind::Text),
+    many(4, "resourceNames", Kind::Text),
+    many(5, "nonResourceURLs", Kind::Text),
+];
+const ROLE: &[Field] = &[
     one(1, "metadata", Kind::Message(META)),
-    one(2, "spec", Kind::Ignored),
-    one(3, "status", Kind::Ignored),
+    many(2, "rules", Kind::Message(RULE)),
+];
+const BINDING: &[Field] = &[
+    one(1, "metadata", Kind::Message(META)),
+    many(
+        2,
+        "subjects",
+        Kind::Message(&[
+            one(1, "kind", Kind::Text),
+            one(2, "apiGroup", Kind::Text),
+            one(3, "name", Kind::Text),
+            one(4, "namespace", Kind::Text),
+        ]),
+    ),
+    one(
+        3,
+        "roleRef",
+        Kind::Message(&[
+            one(1, "apiGroup", Kind::Text),
+            one(2, "kind", Kind::Text),
+            one(3, "name", Kind::Text),
+        ]),
+    ),
 ];
 const DELETE_OPTIONS: &[Field] = &[
     one(1, "gracePeriodSeconds", Kind::Integer),
@@ -122,7 +183,13 @@ fn table(kind: &str) -> Option<&'static [Field]> {
         "Secret" => Some(SECRET),
         "Namespace" => Some(NAMESPACE),
         "ServiceAccount" => Some(SERVICE_ACCOUNT),
-        "SelfSubjectReview" | "SelfSubjectAccessReview" | "SelfSubjectRulesReview" => Some(REVIEW),
+        "SelfSubjectReview" => Some(SELF_REVIEW),
+        "SelfSubjectAccessReview" => Some(ACCESS_REVIEW),
+        "SelfSubjectRulesReview" => Some(RULES_REVIEW),
+        "TokenReview" => Some(TOKEN_REVIEW),
+        "TokenRequest" => Some(TOKEN_REQUEST),
+        "Role" | "ClusterRole" => Some(ROLE),
+        "RoleBinding" | "ClusterRoleBinding" => Some(BINDING),
         "DeleteOptions" => Some(DELETE_OPTIONS),
         _ => None,
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use far_serve::{Connection, Connections};
 use futures::StreamExt as _;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, Limited, StreamBody};
@@ -20,7 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::api::{discovery, openapi};
 use crate::app::App;
-use crate::connections::{Connection, Connections};
+use crate::auth::{AUDIENCE, Attributes, User, allows};
 use crate::error::ApiError;
 use crate::faults::{self, Action, Fault};
 use crate::handlers::delete::Options;
@@ -46,6 +47,8 @@ const KEEP_ALIVE_ANSWER: Duration = Duration::from_secs(30);
 const DRAIN: Duration = Duration::from_secs(5);
 /// The version of Kubernetes whose behaviour is followed.
 const LIKE_MINOR: &str = "33";
+
+pub(crate) const RBAC_GROUP: &str = "rbac.authorization.k8s.io";
 
 type Body = BoxBody<Bytes, Infallible>;
 
@@ -157,7 +160,7 @@ async fn route(app: &Arc<App>, connection: &Connection, request: Request<Incomin
     if matches!(path.as_str(), "/healthz" | "/readyz" | "/livez") {
         return Ok(text("ok").into());
     }
-    authenticate(app, &request)?;
+    let user = authenticate(app, &request)?;
     if !connection.is_recognised() {
         tracing::warn!(limit = MAX_CONNECTIONS, "too many connections, one is refused");
         return Err(ApiError::Overloaded.into());
@@ -171,8 +174,17 @@ async fn route(app: &Arc<App>, connection: &Connection, request: Request<Incomin
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     let aggregated = wants_aggregated(accept);
-    let document = match Path::parse(&path) {
-        Path::Resource(resource) => return resource_request(app, &resource, request, parameters).await,
+    let parsed = Path::parse(&path);
+    if !matches!(parsed, Path::Resource(_)) {
+        let asked = Attributes {
+            verb: request.method().as_str().to_lowercase(),
+            path: Some(path.clone()),
+            ..Attributes::default()
+        };
+        authorize(app, &user, &asked)?;
+    }
+    let document = match parsed {
+        Path::Resource(resource) => return resource_request(app, &user, &resource, request, parameters).await,
         Path::Core if aggregated => return Ok(aggregated_json(&discovery::aggregated(&snapshot, true)).into()),
         Path::Groups if aggregated => return Ok(aggregated_json(&discovery::aggregated(&snapshot, false)).into()),
         Path::Core => discovery::core_versions(&app.address),
@@ -214,7 +226,7 @@ fn wants_aggregated(accept: &str) -> bool {
     })
 }
 
-fn authenticate(app: &App, request: &Request<Incoming>) -> Result<(), ApiError> {
+fn authenticate(app: &App, request: &Request<Incoming>) -> Result<User, ApiError> {
     let header = request
         .headers()
         .get("authorization")
@@ -222,18 +234,20 @@ fn authenticate(app: &App, request: &Request<Incoming>) -> Result<(), ApiError> 
     let token = header
         .and_then(|header| header.strip_prefix("Bearer "))
         .unwrap_or_default();
-    // Compared in constant time: a local guesser learns nothing from how long it takes.
-    let same = token.len() == app.token.len()
-        && token
-            .bytes()
-            .zip(app.token.bytes())
-            .fold(0, |difference, (a, b)| difference | (a ^ b))
-            == 0;
-    if same { Ok(()) } else { Err(ApiError::Unauthorized) }
+    let found = app.tokens.user(&app.store, token, &[AUDIENCE.to_owned()]);
+    found.map(|(user, _)| user).ok_or(ApiError::Unauthorized)
+}
+
+fn authorize(app: &App, user: &User, asked: &Attributes) -> Result<(), ApiError> {
+    match allows(&app.store, user, asked) {
+        Some(_) => Ok(()),
+        None => Err(ApiError::Forbidden(asked.refusal(user))),
+    }
 }
 
 async fn resource_request(
     app: &Arc<App>,
+    user: &User,
     path: &ResourcePath,
     request: Request<Incoming>,
     parameters: Parameters,
@@ -246,9 +260,19 @@ async fn resource_request(
         if method != Method::POST {
             return Err(ApiError::MethodNotAllowed.into());
         }
-        let body = write::decode(&collect(request).await?)?;
-        let answer = review::answer(&path.group, &path.plural, body)?;
-        return Ok(json_answer(StatusCode::CREATED, read::bytes(&answer), &[]).into());
+        let asked = Attributes {
+            verb: "create".to_owned(),
+            group: path.group.clone(),
+            resource: path.plural.clone(),
+            ..Attributes::default()
+        };
+        authorize(app, user, &asked)?;
+        let drops = meet_fault(app, &fault_target(&asked)).await?;
+        let answer = review::answer(app, user, &path.group, &path.plural, body_of(request).await?)?;
+        return Ok(Routed {
+            response: json_answer(StatusCode::CREATED, read::bytes(&answer), &[]),
+            drops,
+        });
     }
     let snapshot = app.registry.snapshot();
     let resource = snapshot
@@ -264,12 +288,16 @@ async fn resource_request(
         "status" => resource.has_status,
         "scale" => resource.scale.is_some(),
         "finalize" => resource.is("", "namespaces"),
+        "token" => resource.is("", "serviceaccounts"),
         _ => false,
     };
     if !known {
         return Err(ApiError::UnknownPath.into());
     }
     let verb = verb(&method, path, &parameters.query)?;
+    if subresource == "token" && verb != "create" {
+        return Err(ApiError::MethodNotAllowed.into());
+    }
     let target = Target {
         resource,
         namespace: path.namespace.clone(),
@@ -283,41 +311,71 @@ async fn resource_request(
     {
         return Err(ApiError::UnknownPath.into());
     }
-    let fault_target = faults::Target {
+    let asked = Attributes {
         verb: verb.to_owned(),
-        resource: target.resource.plural.clone(),
+        group: path.group.clone(),
+        resource: path.plural.clone(),
         subresource: target.subresource.clone(),
+        // A namespace is in itself, as a real server has it.
+        namespace: if target.resource.is("", "namespaces") {
+            target.name.clone()
+        } else {
+            target.namespace.clone().unwrap_or_default()
+        },
         name: target.name.clone(),
+        path: None,
     };
-    let fault = app.faults.take(&fault_target);
-    match &fault {
+    authorize(app, user, &asked)?;
+    let is_change = !matches!(verb, "get" | "list" | "watch");
+    if is_change && path.group == RBAC_GROUP && !user.is_master() {
+        // A real server lets a user give away what the user has; here only the administrator gives.
+        return Err(ApiError::Forbidden("only the administrator changes roles and bindings here".into()).into());
+    }
+    let fault_target = fault_target(&asked);
+    let drops = meet_fault(app, &fault_target).await?;
+    let response = perform(app, verb, &target, request, &parameters, fault_target).await;
+    if drops {
+        return Ok(Routed {
+            response: text(""),
+            drops,
+        });
+    }
+    Ok(response?.into())
+}
+
+fn fault_target(asked: &Attributes) -> faults::Target {
+    faults::Target {
+        verb: asked.verb.clone(),
+        resource: asked.resource.clone(),
+        subresource: asked.subresource.clone(),
+        name: asked.name.clone(),
+    }
+}
+
+/// Does what a fault says before the work; answers whether the connection is to be dropped after it.
+async fn meet_fault(app: &App, target: &faults::Target) -> Result<bool, Refused> {
+    match app.faults.take(target) {
         Some(Action::Answer { code, retry_after }) => {
             let message = format!(
-                "fault injected: {verb} {} is answered with {code}",
-                target.resource.plural
+                "fault injected: {} {} is answered with {code}",
+                target.verb, target.resource
             );
-            return Err(ApiError::Injected {
-                code: *code,
+            Err(ApiError::Injected {
+                code,
                 message,
-                retry_after: *retry_after,
+                retry_after,
             }
-            .into());
+            .into())
         }
-        Some(Action::DropBefore) => return Err(Refused::Dropped),
+        Some(Action::DropBefore) => Err(Refused::Dropped),
+        Some(Action::DropAfter) => Ok(true),
         Some(action) => {
             if let Some(delay) = action.delay() {
                 tokio::time::sleep(delay).await;
             }
+            Ok(false)
         }
-        None => {}
-    }
-    let response = perform(app, verb, &target, request, &parameters, fault_target).await;
-    match (fault, response) {
-        (Some(Action::DropAfter), _) => Ok(Routed {
-            response: text(""),
-            drops: true,
-        }),
-        (_, response) => Ok(response?.into()),
+        None => Ok(false),
     }
 }
 
@@ -344,6 +402,10 @@ async fn perform(
         "list" => Ok(json_answer(StatusCode::OK, read::list(app, target, parameters)?, &[])),
         "get" if is_scale => Ok(json_answer(StatusCode::OK, read::bytes(&scale::get(app, target)?), &[])),
         "get" => Ok(json_answer(StatusCode::OK, read::get(app, target, parameters)?, &[])),
+        "create" if target.subresource == "token" => {
+            let answer = review::request_token(app, target, body_of(request).await?)?;
+            Ok(json_answer(StatusCode::CREATED, read::bytes(&answer), &[]))
+        }
         "create" if target.name.is_empty() => {
             let body = body_of(request).await?;
             written(target, write::create(app, target, body, parameters).await?, parameters)

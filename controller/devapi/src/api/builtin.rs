@@ -152,6 +152,54 @@ fn rows() -> Vec<Row> {
             )
         },
         Row {
+            group: "rbac.authorization.k8s.io",
+            namespaced: true,
+            storage: "rbac.authorization.k8s.io/roles",
+            ..base(
+                "Role",
+                "roles",
+                &[],
+                of::<api::rbac::v1::Role>,
+                vec![path("Created At", ".metadata.creationTimestamp")],
+            )
+        },
+        Row {
+            group: "rbac.authorization.k8s.io",
+            namespaced: false,
+            storage: "rbac.authorization.k8s.io/clusterroles",
+            ..base(
+                "ClusterRole",
+                "clusterroles",
+                &[],
+                of::<api::rbac::v1::ClusterRole>,
+                vec![path("Created At", ".metadata.creationTimestamp")],
+            )
+        },
+        Row {
+            group: "rbac.authorization.k8s.io",
+            namespaced: true,
+            storage: "rbac.authorization.k8s.io/rolebindings",
+            ..base(
+                "RoleBinding",
+                "rolebindings",
+                &[],
+                of::<api::rbac::v1::RoleBinding>,
+                vec![computed("Role", role_of), age()],
+            )
+        },
+        Row {
+            group: "rbac.authorization.k8s.io",
+            namespaced: false,
+            storage: "rbac.authorization.k8s.io/clusterrolebindings",
+            ..base(
+                "ClusterRoleBinding",
+                "clusterrolebindings",
+                &[],
+                of::<api::rbac::v1::ClusterRoleBinding>,
+                vec![computed("Role", role_of), age()],
+            )
+        },
+        Row {
             group: "apiextensions.k8s.io",
             namespaced: false,
             status: true,
@@ -360,6 +408,11 @@ fn last_seen(event: &Value) -> Value {
 fn count_data(object: &Value) -> Value {
     let entries = |name: &str| object[name].as_object().map_or(0, serde_json::Map::len);
     json!((entries("data") + entries("binaryData")).to_string())
+}
+
+fn role_of(binding: &Value) -> Value {
+    let part = |name: &str| binding["roleRef"][name].as_str().unwrap_or_default();
+    json!(format!("{}/{}", part("kind"), part("name")))
 }
 
 fn count_secrets(object: &Value) -> Value {

@@ -16,7 +16,9 @@ const VERBS: [&str; 8] = [
     "watch",
 ];
 /// Kinds that only answer a question: (group, kind, plural).
-pub(crate) const REVIEWS: [(&str, &str, &str); 3] = [
+pub(crate) const REVIEWS: [(&str, &str, &str); 5] = [
+    ("authentication.k8s.io", "TokenReview", "tokenreviews"),
+    ("authorization.k8s.io", "SubjectAccessReview", "subjectaccessreviews"),
     ("authentication.k8s.io", "SelfSubjectReview", "selfsubjectreviews"),
     (
         "authorization.k8s.io",
@@ -85,6 +87,12 @@ pub(crate) fn resource_list(snapshot: &Snapshot, group: &str, version: &str) -> 
                 Some(("autoscaling", "v1")),
             ));
         }
+    }
+    if group.is_empty() && version == "v1" {
+        entries.push(
+            json!({"name": "serviceaccounts/token", "singularName": "", "namespaced": true,
+            "group": "authentication.k8s.io", "version": "v1", "kind": "TokenRequest", "verbs": ["create"]}),
+        );
     }
     for (_, kind, plural) in REVIEWS.iter().filter(|(of, _, _)| *of == group && version == "v1") {
         entries.push(json!({"name": plural, "singularName": kind.to_lowercase(), "namespaced": false, "kind": kind, "verbs": ["create"]}));
@@ -161,6 +169,10 @@ fn aggregated_resources(snapshot: &Snapshot, group: &str, version: &str) -> Vec<
         if resource.scale.is_some() {
             let kind = json!({"group": "autoscaling", "version": "v1", "kind": "Scale"});
             subresources.push(json!({"subresource": "scale", "responseKind": kind, "verbs": verbs}));
+        }
+        if resource.is("", "serviceaccounts") {
+            let kind = json!({"group": "authentication.k8s.io", "version": "v1", "kind": "TokenRequest"});
+            subresources.push(json!({"subresource": "token", "responseKind": kind, "verbs": ["create"]}));
         }
         let mut entry = json!({
             "resource": resource.plural, "singularResource": resource.singular,

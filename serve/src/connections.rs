@@ -1,41 +1,47 @@
-//! Who is connected. A stranger has not shown the token yet: it has little time, shares few places, and gives its place up
-//! to the next one. So nobody without the token keeps out who has it.
+//! Who is connected. A stranger has not shown yet who it is: it has little time, shares few places, and gives its place up
+//! to the next one. So nobody without a credential keeps out who has one.
 //!
 //! ```text
-//! accepted ─► stranger ─token─► known ─► ended
+//! accepted ─► stranger ─credential─► known ─► ended
 //!                └─ too late, or the oldest when a newcomer needs its place ─► ended
 //! ```
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) struct Connections {
+/// All connections of one listener.
+#[derive(Debug)]
+pub struct Connections {
     max_strangers: usize,
     /// The oldest first.
     strangers: Mutex<VecDeque<Arc<State>>>,
     places: Arc<Semaphore>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
-    /// Held from the first request with the token until the connection ends.
+    /// Held from the first request with a credential until the connection ends.
     place: OnceLock<OwnedSemaphorePermit>,
     evicted: CancellationToken,
 }
 
 /// One connection; it is forgotten when this is dropped.
-pub(crate) struct Connection {
+#[derive(Debug)]
+pub struct Connection {
     all: Arc<Connections>,
     state: Arc<State>,
 }
 
 impl Connections {
     /// Places of strangers and of known connections.
-    pub(crate) fn new(max_strangers: usize, max_known: usize) -> Arc<Self> {
+    #[must_use]
+    pub fn new(max_strangers: usize, max_known: usize) -> Arc<Self> {
         Arc::new(Self {
             max_strangers,
             strangers: Mutex::default(),
@@ -44,7 +50,8 @@ impl Connections {
     }
 
     /// A new stranger, in the oldest one's place where there is no other.
-    pub(crate) fn admit(self: &Arc<Self>) -> Connection {
+    #[must_use]
+    pub fn admit(self: &Arc<Self>) -> Connection {
         let state = Arc::new(State::default());
         let mut strangers = self.strangers();
         while strangers.len() >= self.max_strangers {
@@ -65,8 +72,8 @@ impl Connections {
 }
 
 impl Connection {
-    /// It has shown the token. Answers whether there is a place for it; a known connection keeps its own.
-    pub(crate) fn is_recognised(&self) -> bool {
+    /// It has shown who it is. Answers whether there is a place for it; a known connection keeps its own.
+    pub fn is_recognised(&self) -> bool {
         if self.state.place.get().is_some() {
             return true;
         }
@@ -80,7 +87,7 @@ impl Connection {
     }
 
     /// Returns when the connection has to end: evicted, or still a stranger after `limit`.
-    pub(crate) async fn overstays(&self, limit: Duration) {
+    pub async fn overstays(&self, limit: Duration) {
         tokio::select! {
             () = self.state.evicted.cancelled() => return,
             () = tokio::time::sleep(limit) => {}
