@@ -19,6 +19,21 @@ pub struct Config {
     /// Further names or addresses in the server's certificate, besides controller.far.internal and localhost.
     #[arg(long, value_delimiter = ',')]
     pub server_name: Vec<String>,
+    /// Where users reach the gateway (far exec, logs, cp, port-forward, top); without, there is none.
+    #[arg(long, env = "FAR_GATEWAY_LISTEN")]
+    pub gateway_listen: Option<SocketAddr>,
+    /// Host and port that users are told in ConfigMap far-gateway; default: the bound address.
+    #[arg(long, env = "FAR_GATEWAY_ADVERTISE", value_parser = endpoint)]
+    pub gateway_advertise: Option<String>,
+    /// Take only tokens that are for this audience; may be given more than once. Default: tokens for the Kubernetes API itself.
+    #[arg(long, value_name = "AUDIENCE")]
+    pub gateway_audience: Vec<String>,
+    /// Serve Prometheus metrics here, at /metrics; without, they are not served.
+    #[arg(long, env = "FAR_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Serve /healthz and /readyz here; without, they are not served.
+    #[arg(long, env = "FAR_HEALTH_LISTEN")]
+    pub health_listen: Option<SocketAddr>,
     /// Written with the bound address (host:port) once the blade API serves.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
@@ -79,6 +94,11 @@ impl Config {
             state_dir: state_dir.into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             server_name: Vec::new(),
+            gateway_listen: None,
+            gateway_advertise: None,
+            gateway_audience: Vec::new(),
+            metrics_listen: None,
+            health_listen: None,
             ready_file: None,
             share_state: false,
             install_crds: false,
@@ -96,6 +116,17 @@ impl Config {
             concurrency: 32,
             seed: None,
         }
+    }
+}
+
+fn endpoint(text: &str) -> Result<String, String> {
+    let is_endpoint = text
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0));
+    if is_endpoint && !text.contains('/') {
+        Ok(text.to_owned())
+    } else {
+        Err("HOST:PORT is needed".to_owned())
     }
 }
 

@@ -6,6 +6,7 @@
 //!        │ status, finalizer    ▼                                                 │ far.node.v1, mTLS
 //!        └──────────────── reconcile ── decide (far-core) ── EnsureAgent, StopAgent, ForgetAgent
 //!  registry (FarNode, Lease) ◄── blades API (join, renew, heartbeat; mTLS with the controller's own CA)
+//!  gateway (users' exec, cp, logs …; their Kubernetes token, checked by the API) ──► blades
 //! ```
 //! Nothing here is truth: the intent is in `status` (written before a blade is called), the boots are in the blades'
 //! ledgers. A killed controller starts from both and goes on.
@@ -21,12 +22,16 @@ mod calls;
 pub mod config;
 mod convert;
 mod dirty;
+mod door;
 mod events;
 mod files;
+mod gateway;
 mod install;
 mod leader;
 mod links;
+mod metrics;
 mod nodes;
+mod pages;
 mod reconcile;
 mod registry;
 mod rules;

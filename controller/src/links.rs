@@ -37,6 +37,12 @@ const DISTRUST: Duration = Duration::from_secs(60);
 /// Between two looks whether the blade was revoked.
 const REVOKED_LOOK: Duration = Duration::from_secs(2);
 
+/// Calls of users to one blade at a time. HTTP/2 servers take 200 at least on a connection.
+pub(crate) const MAX_CALLS_PER_BLADE: usize = 192;
+/// What a blade may send ahead in one call, bytes. The connection's window holds that of every call: one whose caller does
+/// not read never holds up another. far-node has the same for what it receives.
+const CALL_WINDOW: u32 = 128 * 1024;
+
 /// Who the controller is towards blades.
 #[derive(Clone)]
 pub(crate) struct Credentials {
@@ -70,8 +76,8 @@ impl Links {
                 () = stop.cancelled() => return,
                 () = self.until_revoked(&blade, false) => {}
             }
-            let channel = match self.channel(&blade, &endpoint) {
-                Ok(channel) => channel,
+            let (channel, user_channel) = match self.channels(&blade, &endpoint) {
+                Ok(channels) => channels,
                 Err(error) => {
                     tracing::warn!(blade, endpoint, %error, "the blade's endpoint cannot be used");
                     return;
@@ -83,7 +89,7 @@ impl Links {
                 () = self.until_revoked(&blade, true) => {
                     tracing::warn!(blade, "the blade was revoked: it is not called until it joins again");
                 }
-                () = self.keep(&blade, channel) => return,
+                () = self.keep(&blade, channel, user_channel) => return,
             }
         }
     }
@@ -103,8 +109,8 @@ impl Links {
     }
 
     /// Opens the event stream again and again; ends only when another controller leads.
-    async fn keep(&self, blade: &str, channel: Channel) {
-        let distrusted = self.world.set_channel(blade, channel.clone());
+    async fn keep(&self, blade: &str, channel: Channel, user_channel: Channel) {
+        let distrusted = self.world.set_channel(blade, channel.clone(), user_channel);
         let mut backoff = Backoff::default();
         loop {
             let synced = CancellationToken::new();
@@ -142,7 +148,8 @@ impl Links {
         }
     }
 
-    fn channel(&self, blade: &str, endpoint: &str) -> Result<Channel, tonic::transport::Error> {
+    /// The controller's own connection and that of users' calls; neither is made before it is used.
+    fn channels(&self, blade: &str, endpoint: &str) -> Result<(Channel, Channel), tonic::transport::Error> {
         let tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(&self.credentials.ca_pem))
             .identity(Identity::from_pem(
@@ -156,7 +163,11 @@ impl Links {
             .keep_alive_timeout(PING.1)
             .keep_alive_while_idle(true)
             .tls_config(tls)?;
-        Ok(endpoint.connect_lazy())
+        let of_users = endpoint
+            .clone()
+            .initial_stream_window_size(CALL_WINDOW)
+            .initial_connection_window_size(CALL_WINDOW * MAX_CALLS_PER_BLADE as u32);
+        Ok((endpoint.connect_lazy(), of_users.connect_lazy()))
     }
 
     /// Ends with the reason the stream ended.

@@ -135,6 +135,9 @@ async fn run(config: Config) -> Result<()> {
 async fn lead_again_and_again(mut config: Config, shutdown: CancellationToken) -> Result<()> {
     let mut running = far_controller::start(config.clone(), shutdown.clone()).await?;
     config.listen = running.address;
+    config.gateway_listen = running.gateway;
+    config.metrics_listen = running.metrics;
+    config.health_listen = running.health;
     loop {
         let Err(error) = running.wait().await else {
             return Ok(());

@@ -40,12 +40,18 @@ const MAX_KEY: usize = 317;
 const MAX_VALUE: usize = 63;
 /// Blades that are remembered; beyond that heartbeats of new ones are refused.
 const MAX_BLADES: usize = 20_000;
+/// Changes of a blade's status that are written at once; one more each second.
+const CHANGES: f64 = 20.0;
 
 /// Why a heartbeat was not taken.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HeartbeatError {
     #[error("{0}")]
     Invalid(String),
+    #[error(
+        "what blade {blade} says of itself changes too often: at most {CHANGES} changes at once, and one a second after that"
+    )]
+    TooOften { blade: String },
     #[error("writing FarNode {blade}")]
     Write { blade: String, source: Box<kube::Error> },
 }
@@ -58,6 +64,29 @@ struct Known {
     written: Option<FarNodeStatus>,
     /// Written as not ready.
     lost: bool,
+    /// Changes that may still be written, as of then: a blade must not make the API write without an end.
+    changes: (f64, Instant),
+}
+
+impl Known {
+    fn new() -> Self {
+        Self {
+            heard: Instant::now(),
+            leased: None,
+            written: None,
+            lost: false,
+            changes: (CHANGES, Instant::now()),
+        }
+    }
+
+    /// Takes one of the changes that may be written.
+    fn may_change(&mut self, now: Instant) -> bool {
+        let (left, since) = self.changes;
+        let left = (left + now.duration_since(since).as_secs_f64()).min(CHANGES);
+        let may = left >= 1.0;
+        self.changes = (if may { left - 1.0 } else { left }, now);
+        may
+    }
 }
 
 pub(crate) struct Registry {
@@ -81,14 +110,8 @@ impl Registry {
 
     /// The API has this blade: from now on it must be heard of.
     pub(crate) fn expect(&self, blade: &str) {
-        let known = || Known {
-            heard: Instant::now(),
-            leased: None,
-            written: None,
-            lost: false,
-        };
         self.with(|blades| {
-            blades.entry(blade.to_owned()).or_insert_with(known);
+            blades.entry(blade.to_owned()).or_insert_with(Known::new);
         });
     }
 
@@ -106,15 +129,16 @@ impl Registry {
                     "{MAX_BLADES} blades are known already"
                 )));
             }
-            let known = blades.entry(blade.to_owned()).or_insert_with(|| Known {
-                heard: Instant::now(),
-                leased: None,
-                written: None,
-                lost: false,
-            });
+            let known = blades.entry(blade.to_owned()).or_insert_with(Known::new);
             known.heard = Instant::now();
             let must_lease = known.leased.is_none_or(|at| at.elapsed() >= LEASE_EVERY);
-            Ok((known.lost || known.written.as_ref() != Some(&wanted), must_lease))
+            let must_write = known.lost || known.written.as_ref() != Some(&wanted);
+            if must_write && !known.may_change(Instant::now()) {
+                return Err(HeartbeatError::TooOften {
+                    blade: blade.to_owned(),
+                });
+            }
+            Ok((must_write, must_lease))
         })?;
         let failed = |source| HeartbeatError::Write {
             blade: blade.to_owned(),
@@ -414,6 +438,18 @@ mod tests {
             (room.cpu.to_string(), room.memory.to_string()),
             ("2".to_owned(), "4096Mi".to_owned())
         );
+    }
+
+    #[test]
+    fn a_blade_that_changes_all_the_time_is_written_once_a_second() {
+        let mut known = Known::new();
+        let begin = known.changes.1;
+        let written = (0..1000).filter(|_| known.may_change(begin)).count();
+        assert_eq!(written, 20);
+        let later = (0..100)
+            .filter(|n| known.may_change(begin + Duration::from_millis(n * 100)))
+            .count();
+        assert_eq!(later, 9, "one a second, the first after a second");
     }
 
     #[test]

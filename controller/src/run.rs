@@ -17,20 +17,22 @@ use kube::{
     },
 };
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 
 use crate::{
     Config,
     backoff::Backoff,
     blades::BladeApi,
     ca::Ca,
+    door,
     events::Events,
-    files, install,
+    files, gateway, install,
     leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
+    metrics::Metrics,
     nodes::Nodes,
+    pages::{Pages, Told, Works},
     reconcile::{self, Context},
     registry::Registry,
     shared::Shared,
@@ -41,6 +43,9 @@ use crate::{
 /// What still runs this long after the order to end is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
 
+/// Connections of blades, which have a certificate; one blade uses one.
+const MAX_BLADE_CONNECTIONS: usize = 20_000;
+
 /// Between two looks whether the join token in the file still works.
 const TOKEN_LOOK: Duration = Duration::from_secs(2);
 
@@ -49,6 +54,12 @@ const TOKEN_LOOK: Duration = Duration::from_secs(2);
 pub struct Running {
     /// Where blades reach it.
     pub address: SocketAddr,
+    /// Where users reach its gateway.
+    pub gateway: Option<SocketAddr>,
+    /// Where its metrics are.
+    pub metrics: Option<SocketAddr>,
+    /// Where its health is told.
+    pub health: Option<SocketAddr>,
     /// Its leader epoch.
     pub epoch: u64,
     shutdown: CancellationToken,
@@ -56,6 +67,7 @@ pub struct Running {
     elector: AbortOnDropHandle<()>,
     tasks: JoinSet<Result<()>>,
     token: Option<Keeper>,
+    _pages: Pages,
     _holder: Holder,
 }
 
@@ -72,6 +84,8 @@ struct Keeper {
 /// What cannot be read, written, reached or bound.
 pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running> {
     let holder = Holder::claim(&config.state_dir)?;
+    let told = Told::default();
+    let pages = Pages::start(&config, &told).await?;
     let client = connect(&config).await?;
     if config.install_crds {
         install::namespaces(&client).await?;
@@ -84,6 +98,7 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     };
     holder.keep_epoch(lead.epoch)?;
     tracing::info!(epoch = lead.epoch, "this controller leads");
+    told.metrics.leads(lead.epoch);
     let elector = {
         let (lead, shutdown) = (lead.clone(), shutdown.clone());
         AbortOnDropHandle::new(tokio::spawn(async move { elector.keep(&lead, shutdown).await }))
@@ -111,11 +126,25 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         config.node_lost_after,
         config.fence_after + config.fence_margin,
     ));
-    let address = serve(&config, &ca, &registry, &world, &lead, &stop, &mut tasks).await?;
+    let metrics = told.metrics.clone();
+    let address = serve(
+        &config, &ca, &registry, &world, &metrics, &lead, &stop, &mut tasks,
+    )
+    .await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
-    work(
-        &config, client, &ca, &registry, &world, &doubts, &lead, &stop, &mut tasks,
+    let works = work(
+        &config,
+        client.clone(),
+        &ca,
+        &registry,
+        &world,
+        &doubts,
+        &lead,
+        &stop,
+        &mut tasks,
     )?;
+    let gateway = gateway::start(&config, client, &ca, world, metrics, &stop, &mut tasks).await?;
+    told.works(works);
     let token = match config.issue_join_token_file.clone() {
         Some(path) => {
             let keeper = Keeper {
@@ -148,12 +177,16 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     tracing::info!(%address, "the blade API serves");
     Ok(Running {
         address,
+        gateway,
+        metrics: pages.metrics,
+        health: pages.health,
         epoch: lead.epoch,
         shutdown: stop,
         lost: lead.lost,
         elector,
         tasks,
         token,
+        _pages: pages,
         _holder: holder,
     })
 }
@@ -209,11 +242,13 @@ async fn connect(config: &Config) -> Result<Client> {
     Client::try_from(kube_config).context("preparing the Kubernetes client")
 }
 
+#[allow(clippy::too_many_arguments)] // Each is a part that exists once.
 async fn serve(
     config: &Config,
     ca: &Arc<Ca>,
     registry: &Arc<Registry>,
     world: &Arc<World>,
+    metrics: &Metrics,
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
@@ -223,15 +258,15 @@ async fn serve(
         .await
         .with_context(|| format!("binding --listen {}", config.listen))?;
     let address = listener.local_addr().context("reading the bound address")?;
-    let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(own.certificate_pem, own.key_pem))
-        .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
-        .client_auth_optional(true);
+    let tls = door::tls(&own, Some(ca.certificate_pem())).context("preparing the blade API's TLS")?;
+    let (accepting, visitors) = door::open(listener, tls, MAX_BLADE_CONNECTIONS);
     let api = BladeApi {
         ca: ca.clone(),
         tokens: Tokens::new(&config.state_dir),
+        signing: std::sync::Mutex::default(),
         revocations: Revocations::new(&config.state_dir),
         registry: registry.clone(),
+        metrics: metrics.clone(),
         certificate_life: config.certificate_life,
         heartbeat_ms: config.heartbeat_ms,
         lead: lead.clone(),
@@ -239,19 +274,16 @@ async fn serve(
         fence_after: config.fence_after,
     };
     let mut server = Server::builder()
-        .tls_config(tls)
-        .context("preparing the blade API's TLS")?
         .concurrency_limit_per_connection(16)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .timeout(Duration::from_secs(30));
     let router = server.add_service(BladesServer::new(api).max_decoding_message_size(1024 * 1024));
     let stopped = stop.clone().cancelled_owned();
     tasks.spawn(async move {
-        let incoming = TcpListenerStream::new(listener);
-        router
-            .serve_with_incoming_shutdown(incoming, stopped)
-            .await
-            .context("serving the blade API")
+        tokio::select! {
+            served = router.serve_with_incoming_shutdown(visitors, stopped) => served.context("serving the blade API"),
+            never = accepting => match never {},
+        }
     });
     Ok(address)
 }
@@ -267,7 +299,7 @@ fn work(
     lead: &Lead,
     stop: &CancellationToken,
     tasks: &mut JoinSet<Result<()>>,
-) -> Result<()> {
+) -> Result<Works> {
     let (agents_known, nodes_known) = (CancellationToken::new(), CancellationToken::new());
     let own = ca.own_identity(&[])?;
     let credentials = Arc::new(Credentials {
@@ -311,15 +343,21 @@ fn work(
         deposed: lead.lost.clone(),
         doubts: doubts.clone(),
         agents_known: agents_known.clone(),
-        nodes_known,
+        nodes_known: nodes_known.clone(),
         first_delay: config.retry_after,
     });
+    let works = Works {
+        world: world.clone(),
+        agents_known: agents_known.clone(),
+        nodes_known,
+        stop: stop.clone(),
+    };
     let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {
         agents(client, world, context, agents_known, concurrency, stopped).await;
         Ok(())
     });
-    Ok(())
+    Ok(works)
 }
 
 /// Watches agents into the index and reconciles them, until `stop`.

@@ -177,6 +177,9 @@ impl Tokens {
     }
 }
 
+/// Serials in hex, and when each certificate ends (Unix time).
+type Noted = Vec<(String, u64)>;
+
 /// Serial numbers of certificates that must not be accepted any more.
 #[derive(Debug, Clone)]
 pub struct Revocations {
@@ -192,19 +195,36 @@ impl Revocations {
         }
     }
 
-    /// Notes the newest serial of a blade; the one before it stays valid until it ends.
-    pub(crate) fn note(&self, blade: &str, serial: &str) -> io::Result<()> {
+    /// Notes a serial of a blade and when it ends (Unix time); those before it stay noted until they end, or a certificate
+    /// could outlive its blade's revocation. One caller at a time.
+    pub(crate) fn note(&self, blade: &str, serial: &str, ends: u64) -> io::Result<()> {
         files::private_folder(&self.folder)?;
-        let path = self.folder.join(format!("{blade}.serials"));
-        let mut serials: Vec<String> = fs::read_to_string(&path)
-            .unwrap_or_default()
-            .lines()
-            .map(str::to_owned)
+        let (mut serials, ended) = self.serials(blade);
+        for (serial, _) in ended {
+            // Refused for its age from now on: the mark has done its work.
+            let _ = fs::remove_file(self.folder.join(format!("{serial}.revoked")));
+        }
+        serials.push((serial.to_owned(), ends));
+        let lines: String = serials
+            .iter()
+            .map(|(serial, ends)| format!("{serial} {ends}\n"))
             .collect();
-        serials.push(serial.to_owned());
-        // Certificates live for a day and are renewed at half of it: sixteen are more than can be valid at once.
-        let from = serials.len().saturating_sub(16);
-        files::write_private(&path, (serials[from..].join("\n") + "\n").as_bytes())
+        files::write_private(&self.folder.join(format!("{blade}.serials")), lines.as_bytes())
+    }
+
+    /// The blade's certificates that have not ended. A line without an end never does.
+    pub(crate) fn valid(&self, blade: &str) -> Noted {
+        self.serials(blade).0
+    }
+
+    /// Those that are valid, and those that ended since the last note.
+    fn serials(&self, blade: &str) -> (Noted, Noted) {
+        let text = fs::read_to_string(self.folder.join(format!("{blade}.serials"))).unwrap_or_default();
+        let lines = text.lines().map(|line| match line.split_once(' ') {
+            Some((serial, ends)) => (serial.to_owned(), ends.parse().unwrap_or(u64::MAX)),
+            None => (line.to_owned(), u64::MAX),
+        });
+        lines.partition(|(_, ends)| *ends > now())
     }
 
     /// Named unlike a serial's mark, as a blade may be called what a serial looks like.
@@ -236,18 +256,16 @@ impl Revocations {
     /// # Errors
     /// When the folder cannot be read or written.
     pub fn revoke(&self, blade: &str) -> io::Result<usize> {
-        let serials = match fs::read_to_string(self.folder.join(format!("{blade}.serials"))) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-            Err(error) => return Err(error),
-        };
-        files::write_private(&self.marker(blade), b"")?;
-        let mut count = 0;
-        for serial in serials.lines() {
-            files::write_private(&self.folder.join(format!("{serial}.revoked")), b"")?;
-            count += 1;
+        if !self.knows(blade) {
+            return Ok(0);
         }
-        Ok(count)
+        // First: from now on it gets no new one.
+        files::write_private(&self.marker(blade), b"")?;
+        let serials = self.valid(blade);
+        for (serial, _) in &serials {
+            files::write_private(&self.folder.join(format!("{serial}.revoked")), b"")?;
+        }
+        Ok(serials.len())
     }
 
     /// Whether a certificate was revoked.
@@ -348,10 +366,11 @@ mod tests {
     fn revoking_refuses_the_certificates_a_blade_has_and_not_later_ones() {
         let folder = tempfile::tempdir().unwrap();
         let revocations = Revocations::new(folder.path());
-        revocations.note("b", "01").unwrap();
-        revocations.note("b", "02").unwrap();
+        revocations.note("b", "00", now() - 1).unwrap();
+        revocations.note("b", "01", now() + 1000).unwrap();
+        revocations.note("b", "02", now() + 1000).unwrap();
         assert_eq!(revocations.revoke("b").unwrap(), 2);
-        revocations.note("b", "03").unwrap();
+        revocations.note("b", "03", now() + 1000).unwrap();
         assert!(revocations.is_revoked("01") && revocations.is_revoked("02") && !revocations.is_revoked("03"));
         assert!(revocations.is_blade_revoked("b"), "also as a server");
         revocations.welcome("b").unwrap();

@@ -18,6 +18,7 @@ use far_core::{
     placement::{Blade, Placer, Request, Unschedulable},
     status::{Report, Stage, Status},
 };
+use far_proto::node::Identity;
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
@@ -50,7 +51,10 @@ struct Agent {
 /// A blade as the index keeps it.
 #[derive(Debug)]
 struct Node {
+    /// Of the controller's own calls.
     channel: Option<Channel>,
+    /// Of users' calls through the gateway: what they do not read must not hold back the controller's.
+    user_channel: Option<Channel>,
     /// Since when not every state of the blade's agents is known, or changes do not come in; `None`: it is connected.
     unsynced_since: Option<Instant>,
     ready: bool,
@@ -83,6 +87,17 @@ impl Node {
         let unreached = (unsynced.elapsed() >= patience).then(|| unsynced + patience);
         [self.lost_since, unreached].into_iter().flatten().min()
     }
+}
+
+/// How many there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Census {
+    pub(crate) agents: usize,
+    /// Of them, those that have a blade.
+    pub(crate) placed: usize,
+    pub(crate) blades: usize,
+    /// Of them, those whose events come in.
+    pub(crate) connected: usize,
 }
 
 #[derive(Debug)]
@@ -290,6 +305,7 @@ impl World {
         let ready = convert::is_ready(node);
         let entry = inner.nodes.entry(name.clone()).or_insert_with(|| Node {
             channel: None,
+            user_channel: None,
             unsynced_since: Some(Instant::now()),
             ready,
             lost_since: None,
@@ -400,10 +416,58 @@ impl World {
         self.lock().nodes.get(blade)?.channel.clone()
     }
 
+    /// How users' calls reach a blade.
+    pub(crate) fn user_channel(&self, blade: &str) -> Option<Channel> {
+        self.lock().nodes.get(blade)?.user_channel.clone()
+    }
+
+    /// The agents that are on blades, by blade and uid: of one namespace, or of all (an empty text).
+    pub(crate) fn placed(&self, namespace: &str) -> Vec<(String, HashMap<String, Identity>)> {
+        let inner = self.lock();
+        let on_blade = |uids: &HashSet<String>| -> HashMap<String, Identity> {
+            uids.iter()
+                .filter_map(|uid| {
+                    let agent = inner.agents.get(uid)?;
+                    let own = agent.reference.namespace.clone().unwrap_or_default();
+                    (namespace.is_empty() || own == namespace).then(|| {
+                        let identity = Identity {
+                            uid: uid.clone(),
+                            attempt: agent.attempt,
+                            namespace: own,
+                            name: agent.reference.name.clone(),
+                        };
+                        (uid.clone(), identity)
+                    })
+                })
+                .collect()
+        };
+        inner
+            .on_blade
+            .iter()
+            .map(|(blade, uids)| (blade.clone(), on_blade(uids)))
+            .filter(|(_, agents)| !agents.is_empty())
+            .collect()
+    }
+
+    pub(crate) fn census(&self) -> Census {
+        let inner = self.lock();
+        Census {
+            agents: inner.agents.len(),
+            placed: inner.on_blade.values().map(HashSet::len).sum(),
+            blades: inner.nodes.len(),
+            connected: inner
+                .nodes
+                .values()
+                .filter(|node| node.unsynced_since.is_none())
+                .count(),
+        }
+    }
+
     /// Answers what tells the link that its blade is distrusted.
-    pub(crate) fn set_channel(&self, blade: &str, channel: Channel) -> Arc<Notify> {
+    pub(crate) fn set_channel(&self, blade: &str, channel: Channel, user_channel: Channel) -> Arc<Notify> {
         let distrusted = self.lock().nodes.get_mut(blade).map(|node| {
             node.channel = Some(channel);
+            node.user_channel = Some(user_channel);
             node.revoked = false;
             node.distrusted.clone()
         });
@@ -414,7 +478,7 @@ impl World {
     /// The blade was revoked: as good as cordoned, and not to be called.
     pub(crate) fn revoked(&self, blade: &str) {
         if let Some(node) = self.lock().nodes.get_mut(blade) {
-            node.channel = None;
+            (node.channel, node.user_channel) = (None, None);
             node.revoked = true;
         }
         self.unsynced(blade);

@@ -5,7 +5,7 @@ mod support;
 
 use std::{collections::BTreeSet, path::Path, process::Command};
 
-use far_proto::node::EndReason;
+use far_proto::node::{EndReason, Identity, StatsRequest};
 use far_testkit::{find, servers, servers::Part, skip};
 use kube::ResourceExt;
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ use support::{
     blade::{FakeBlade, capacity},
     server::Server,
     until,
+    users::ALL,
 };
 
 const USER: &str = "system:serviceaccount:far-system:far-controller";
@@ -185,6 +186,7 @@ mod real {
             .start_controller(|config| {
                 config.install_crds = false;
                 config.share_state = true;
+                config.gateway_listen = Some("127.0.0.1:0".parse().unwrap());
             })
             .await;
 
@@ -221,6 +223,16 @@ mod real {
         until("the blade to have it", async || blade.fake.phase(&uid)).await;
         blade.fake.running(&uid);
         cluster.wait_phase("needy", "Running").await;
+        let token = cluster.user("jane", ALL).await;
+        let identity = Identity {
+            namespace: "default".into(),
+            name: "needy".into(),
+            ..Identity::default()
+        };
+        let request = StatsRequest {
+            identity: Some(identity),
+        };
+        cluster.inside(&token).await.stats(request).await.unwrap();
 
         // Another replica, with a folder of its own: it has the CA, so the blade and its certificate are still good.
         cluster.stop_controller().await;

@@ -49,6 +49,11 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 const CALL_LIMIT: Duration = Duration::from_secs(20);
 /// From accept to a finished TLS handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Calls of one connection at a time; the controller makes fewer.
+const MAX_CALLS: u32 = 256;
+/// What a caller may send ahead in one call, bytes. The connection's window holds that of every call: one that an agent does
+/// not read never holds up another.
+const CALL_WINDOW: u32 = 128 * 1024;
 /// Handshakes at a time; more connections are closed.
 const MAX_HANDSHAKES: usize = 64;
 
@@ -131,6 +136,9 @@ async fn serve(
     let (send, connections) = mpsc::channel(16);
     let incoming = ReceiverStream::new(connections).map(Ok::<_, std::io::Error>);
     let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CALL_WINDOW * MAX_CALLS)
+        .max_concurrent_streams(MAX_CALLS)
         .add_service(api.clone().into_server())
         .add_service(api.into_inside_server())
         .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());

@@ -21,6 +21,12 @@ mod far {
         }
     }
     #[cfg(feature = "grpc")]
+    pub mod gateway {
+        pub mod v1 {
+            include!(concat!(env!("OUT_DIR"), "/far.gateway.v1.rs"));
+        }
+    }
+    #[cfg(feature = "grpc")]
     pub mod controller {
         pub mod v1 {
             include!(concat!(env!("OUT_DIR"), "/far.controller.v1.rs"));
@@ -31,6 +37,9 @@ mod far {
 /// Blade API served by far-controller (`far/controller/v1/blades.proto`).
 #[cfg(feature = "grpc")]
 pub use far::controller::v1 as controller;
+/// User gateway of far-controller (`far/gateway/v1/gateway.proto`).
+#[cfg(feature = "grpc")]
+pub use far::gateway::v1 as gateway;
 /// Control stream between far-init and far-node (`far/guest/v1/control.proto`).
 pub use far::guest::v1 as guest;
 /// Node API served by far-node (`far/node/v1/node.proto`).

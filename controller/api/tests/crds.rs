@@ -42,7 +42,7 @@ fn the_install_file_is_its_base_with_the_crds_of_the_types() {
     // Namespaces and kinds before what is in them and of them.
     let mut parts = vec![base("namespaces.yaml")];
     parts.extend(crds);
-    parts.extend([base("rbac.yaml"), base("controller.yaml")]);
+    parts.extend([base("rbac.yaml"), base("gateway.yaml"), base("controller.yaml")]);
     let parts: Vec<_> = parts.iter().map(|part| part.trim_end()).collect();
     let text = format!(
         "# Made from deploy/base and the CRDs; change those.\n{}\n",

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::folders::FolderArgs;
+use crate::{folders::FolderArgs, gateway::GatewayArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -93,6 +93,9 @@ pub(crate) enum Command {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Print a token of a service account
+    #[command(after_help = crate::token::EXAMPLES)]
+    Token(crate::token::TokenArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -160,7 +163,8 @@ Examples:
   far logs embedder-worker-01 -f --timestamps
   far logs embedder-worker-01 --stderr --tail 20
 
-Both streams are printed to standard output, in order of arrival. The output is read on the blade that ran the agent.";
+Both streams are printed to standard output, in order of arrival. The output is read on the blade that ran the agent: by its
+socket on that machine, else through the controller's gateway. With -f, a controller that restarts is waited for.";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -185,6 +189,11 @@ pub(crate) struct ClusterArgs {
     /// Namespace [default: the context's, else "default"]
     #[arg(short, long, value_name = "NAME", global = true)]
     pub(crate) namespace: Option<String>,
+    /// Token for the Kubernetes API and the gateway, instead of the kubeconfig's credentials
+    #[arg(long, env = "FAR_TOKEN", value_name = "TOKEN", global = true, hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    #[command(flatten)]
+    pub(crate) gateway: GatewayArgs,
 }
 
 #[derive(Debug, Args)]

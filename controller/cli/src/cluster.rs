@@ -2,19 +2,24 @@
 //!
 //! Objects are plain JSON values: `far` shows and passes on what it does not know, as kubectl does.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
-use http::{Method, Request, header};
+use http::{HeaderValue, Method, Request, header};
 use kube::{
     Client, Config,
-    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
+    client::{Body, ConfigExt},
+    config::{AuthInfo, KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::WatchEvent,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tower::{Layer, ServiceExt};
 
-use crate::{args::ClusterArgs, folders::Folders};
+use crate::{args::ClusterArgs, folders::Folders, gateway::GatewayArgs};
 
 /// Who `far` is in `metadata.managedFields`.
 pub(crate) const FIELD_MANAGER: &str = "far";
@@ -133,18 +138,26 @@ impl Cluster {
             from: from.clone(),
             source,
         };
-        let config = Config::from_custom_kubeconfig(kubeconfig.map_err(named)?, &options)
+        let mut config = Config::from_custom_kubeconfig(kubeconfig.map_err(named)?, &options)
             .await
             .map_err(named)?;
+        if let Some(token) = &self.args.token {
+            config.auth_info = AuthInfo {
+                token: Some(token.clone().into()),
+                ..AuthInfo::default()
+            };
+        }
         let url = config.cluster_url.to_string();
         let namespace = self
             .args
             .namespace
             .clone()
             .unwrap_or_else(|| config.default_namespace.clone());
-        let client = Client::try_from(config).map_err(|source| ClusterError::Client { from, source })?;
+        let client = Client::try_from(config.clone()).map_err(|source| ClusterError::Client { from, source })?;
         Ok(Api {
             client,
+            config: Arc::new(config),
+            gateway: self.args.gateway.clone(),
             url,
             namespace,
             has_named_namespace: self.args.namespace.is_some(),
@@ -179,7 +192,10 @@ fn choose(
 #[derive(Clone)]
 pub(crate) struct Api {
     client: Client,
+    config: Arc<Config>,
     url: String,
+    /// Which gateway the user named.
+    pub(crate) gateway: GatewayArgs,
     /// The namespace of this command.
     pub(crate) namespace: String,
     /// The user named it, so that a file may not name another.
@@ -187,6 +203,33 @@ pub(crate) struct Api {
 }
 
 impl Api {
+    /// The `Authorization` header that requests to the API carry, by whatever way the kubeconfig names (a token, a file, a
+    /// program); `None`: they carry none.
+    pub(crate) async fn authorization(&self) -> Result<Option<HeaderValue>, ClusterError> {
+        let (config, runtime) = (self.config.clone(), tokio::runtime::Handle::current());
+        // A credential plugin is a program that is waited for: on a thread of its own.
+        let reading = tokio::task::spawn_blocking(move || {
+            let Some(layer) = config.auth_layer()? else {
+                return Ok(None);
+            };
+            // kube's own layer puts the header on a request that goes nowhere.
+            let read = layer.layer(tower::service_fn(|request: Request<Body>| async move {
+                let header = request.headers().get(header::AUTHORIZATION).cloned();
+                Ok::<_, tower::BoxError>(http::Response::new(header))
+            }));
+            let answer = runtime.block_on(read.oneshot(Request::new(Body::empty())));
+            answer.map(http::Response::into_body).map_err(kube::Error::Service)
+        });
+        let read = reading
+            .await
+            .map_err(|error| kube::Error::Service(error.into()))
+            .flatten();
+        read.map_err(|source| ClusterError::Client {
+            from: "of the current user".to_owned(),
+            source,
+        })
+    }
+
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClusterError> {
         self.send(Method::GET, path, None, "application/json").await
     }

@@ -227,6 +227,7 @@ mod tests {
             run: base.join("run"),
             cache: base.join("cache"),
             home: None,
+            socket: None,
         }
     }
 

@@ -47,6 +47,9 @@ pub(crate) struct FolderArgs {
     /// Sockets of `far up` [default: $XDG_RUNTIME_DIR/far, else /tmp/far-<uid>]
     #[arg(long, env = "FAR_RUN", value_name = "DIR", global = true, hide_env_values = true)]
     pub(crate) run_dir: Option<PathBuf>,
+    /// Socket of this machine's blade; when given, it is used for every agent [default: node.sock in the run folder]
+    #[arg(long, env = "FAR_SOCKET", value_name = "FILE", global = true, hide_env_values = true)]
+    pub(crate) socket: Option<PathBuf>,
 }
 
 /// The folders of one FAR on this machine, all absolute.
@@ -57,6 +60,8 @@ pub(crate) struct Folders {
     /// Where set-up put what it built.
     pub(crate) cache: PathBuf,
     pub(crate) home: Option<PathBuf>,
+    /// The blade's socket, where the user named one.
+    pub(crate) socket: Option<PathBuf>,
 }
 
 impl Folders {
@@ -88,6 +93,7 @@ impl Folders {
             run: absolute(run)?,
             cache: absolute(cache)?,
             home,
+            socket: args.socket.clone(),
         })
     }
 
@@ -107,7 +113,7 @@ impl Folders {
 
     /// The node agent's socket.
     pub(crate) fn node_socket(&self) -> PathBuf {
-        self.run.join("node.sock")
+        self.socket.clone().unwrap_or_else(|| self.run.join("node.sock"))
     }
 
     /// Folders of the running microVMs.
@@ -233,6 +239,7 @@ mod tests {
         let args = FolderArgs {
             state_dir: Some("/mine".into()),
             run_dir: Some("/sockets".into()),
+            socket: None,
         };
         let folders = resolve(&[("HOME", "/h"), ("XDG_STATE_HOME", "/s")], 7, &args).unwrap();
         assert_eq!((folders.state, folders.run), ("/mine".into(), "/sockets".into()));
@@ -250,6 +257,7 @@ mod tests {
             run,
             cache: base.join("cache"),
             home: None,
+            socket: None,
         }
     }
 

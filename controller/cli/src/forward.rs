@@ -1,9 +1,7 @@
 //! `far port-forward`: local ports on 127.0.0.1 that lead to ports of a running agent, until Ctrl-C.
 
 use anyhow::Context;
-use far_proto::node::{
-    Piece, PortForwardRequest, PortForwardStart, StatsRequest, port_forward_reply, port_forward_request::Kind,
-};
+use far_proto::node::{Piece, PortForwardRequest, PortForwardStart, port_forward_reply, port_forward_request::Kind};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -70,13 +68,7 @@ fn parse_ports(text: &str) -> Result<Ports, String> {
 }
 
 pub(crate) async fn forward(cluster: &Cluster, folders: &Folders, args: &ForwardArgs) -> anyhow::Result<Outcome> {
-    let mut inside = Inside::find(cluster, folders, &args.agent).await?;
-    let request = StatsRequest {
-        identity: Some(inside.identity.clone()),
-    };
-    if let Err(status) = inside.client.stats(request).await {
-        return Err(inside.refused("port-forward", status));
-    }
+    let inside = Inside::find(cluster, folders, &args.agent).await?;
     let mut listening = JoinSet::new();
     for ports in &args.ports {
         let listener = TcpListener::bind(("127.0.0.1", ports.local))
@@ -128,6 +120,7 @@ enum Broken {
 
 async fn connect(stream: TcpStream, port: u16, inside: Inside) -> Result<(), Broken> {
     let what = format!("port {port}");
+    let mut client = inside.fresh_client().await.map_err(Broken::Connection)?;
     let refused = |status: tonic::Status| {
         let is_over = NodeError::of("")(status.clone()).is_not_running();
         let error = inside.refused(&what, status);
@@ -143,7 +136,6 @@ async fn connect(stream: TcpStream, port: u16, inside: Inside) -> Result<(), Bro
         port: port.into(),
     });
     let _ = requests.send(PortForwardRequest { kind: Some(start) }).await;
-    let mut client = inside.client.clone();
     let mut replies = client.port_forward(messages).await.map_err(refused)?.into_inner();
     let (read, mut write) = stream.into_split();
     let reading = read_all(read, requests);

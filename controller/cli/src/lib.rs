@@ -20,6 +20,7 @@ mod exec;
 mod exit;
 mod folders;
 mod forward;
+mod gateway;
 mod get;
 mod image;
 mod inside;
@@ -33,6 +34,7 @@ mod run;
 mod status;
 mod table;
 mod terminal;
+mod token;
 mod top;
 mod tree;
 mod up;
@@ -78,6 +80,7 @@ pub fn far() -> ExitCode {
             Command::Cordon(args) => drain::cordon(&cluster, &args).await,
             Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             Command::Drain(args) => drain::drain(&cluster, &args).await,
+            Command::Token(args) => token::token(&cluster, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)

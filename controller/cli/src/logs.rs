@@ -1,20 +1,26 @@
 //! `far logs`: the output that a blade keeps of an agent.
 //!
-//! The FarAgent says which blade and which attempt; the output itself is read from the node agent's socket, so this works
-//! on the blade. For a blade elsewhere it says so, and shows the tail that the status has.
+//! The FarAgent says which blade and which attempt; the output itself is read from the node agent's socket where that is
+//! this machine's, else through the controller's gateway. Where there is neither, it says so, and shows the tail that the
+//! status has.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant, SystemTime},
+};
 
 use anyhow::bail;
 use far_proto::node::{Identity, LogChunk, LogsRequest, Stream};
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tonic::Streaming;
 
 use crate::{
     args::LogsArgs,
     cluster::{Api, Cluster},
     exit::Outcome,
     folders::Folders,
+    gateway::Gateway,
     kinds,
     node::{self, NodeError},
     output,
@@ -23,6 +29,8 @@ use crate::{
 
 /// Pause before a blade is asked again for an attempt it has not heard of yet.
 const AGAIN: Duration = Duration::from_millis(200);
+/// A gateway that is lost while output is followed is looked for this long: a controller restarts within it.
+const LOST_LIMIT: Duration = Duration::from_secs(60);
 
 /// From when on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -128,7 +136,7 @@ pub(crate) async fn logs(cluster: &Cluster, folders: &Folders, args: &LogsArgs) 
     };
     let mut printer = Printer::new(args.timestamps);
     let is_coming = async || args.follow && is_coming(&api, &boot).await;
-    match stream(folders, request, is_coming, |chunk| {
+    match stream(&api, folders, request, is_coming, |chunk| {
         output::bytes(&printer.format(chunk));
     })
     .await
@@ -152,22 +160,63 @@ fn is_still(agent: &Value, boot: &Boot) -> bool {
     Boot::of(agent).as_ref() == Some(boot) && !FINAL_PHASES.contains(&wait::phase(agent))
 }
 
-/// Passes each chunk to `take` until the output ends. `is_coming` is asked when the blade does not know the attempt.
+/// Passes each chunk to `take` until the output ends. `is_coming` is asked when the blade does not know the attempt. While
+/// following through the gateway, a way that is lost is looked for again: records are numbered, so none is told twice.
 pub(crate) async fn stream(
+    api: &Api,
     folders: &Folders,
-    request: LogsRequest,
+    mut request: LogsRequest,
     is_coming: impl AsyncFn() -> bool,
     mut take: impl FnMut(&LogChunk),
 ) -> Result<(), NodeError> {
-    let mut client = node::connect(&folders.node_socket()).await?;
+    // Of each stream, the last record that was told.
+    let mut told: HashMap<i32, u64> = HashMap::new();
+    let mut lost: Option<Instant> = None;
+    loop {
+        let error = match open(api, folders, &request, &is_coming).await {
+            Ok((mut chunks, is_gateway)) => loop {
+                match chunks.message().await {
+                    Ok(Some(chunk)) => {
+                        lost = None;
+                        let last = told.entry(chunk.stream).or_default();
+                        if chunk.seq == 0 || chunk.seq > *last {
+                            *last = chunk.seq;
+                            take(&chunk);
+                        }
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(status) => {
+                        let error = NodeError::of("reading the output")(status);
+                        if !is_gateway {
+                            return Err(error);
+                        }
+                        break error;
+                    }
+                }
+            },
+            Err(error) => error,
+        };
+        let since = *lost.get_or_insert_with(Instant::now);
+        if !request.follow || !error.is_passing() || since.elapsed() >= LOST_LIMIT {
+            return Err(error);
+        }
+        if !told.is_empty() {
+            request.tail_lines = None;
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// Opens the stream of output; answers whether it comes through the gateway.
+async fn open(
+    api: &Api,
+    folders: &Folders,
+    request: &LogsRequest,
+    is_coming: &impl AsyncFn() -> bool,
+) -> Result<(Streaming<LogChunk>, bool), NodeError> {
     let mut may_come = true;
-    let mut chunks = loop {
-        match client
-            .logs(request.clone())
-            .await
-            .map_err(NodeError::of("reading the output"))
-        {
-            Ok(chunks) => break chunks.into_inner(),
+    loop {
+        match ask(api, folders, request).await {
             // Once more after the last yes: it may have come and ended between the two questions.
             Err(error) if error.is_not_found() && may_come => {
                 may_come = is_coming().await;
@@ -175,18 +224,43 @@ pub(crate) async fn stream(
                     tokio::time::sleep(AGAIN).await;
                 }
             }
+            answer => return answer,
+        }
+    }
+}
+
+/// This machine's blade is asked first, then the gateway.
+async fn ask(api: &Api, folders: &Folders, request: &LogsRequest) -> Result<(Streaming<LogChunk>, bool), NodeError> {
+    let what = "reading the output";
+    let mut not_here = None;
+    if folders.socket.is_some() || api.gateway.gateway.is_none() {
+        let here = match node::connect(&folders.node_socket()).await {
+            Ok(mut client) => client.logs(request.clone()).await.map_err(NodeError::of(what)),
+            Err(error) => Err(error),
+        };
+        match here {
+            Ok(chunks) => return Ok((chunks.into_inner(), false)),
+            Err(error) if folders.socket.is_none() && (error.is_not_found() || error.is_no_blade()) => {
+                not_here = Some(error);
+            }
             Err(error) => return Err(error),
         }
-    };
-    while let Some(chunk) = chunks.message().await.map_err(NodeError::of("reading the output"))? {
-        take(&chunk);
     }
-    Ok(())
+    match (Gateway::find(api).await?, not_here) {
+        (Some(gateway), _) => {
+            let chunks = gateway.output().await?.logs(request.clone()).await;
+            Ok((chunks.map_err(NodeError::of(what))?.into_inner(), true))
+        }
+        (None, Some(error)) => Err(error),
+        (None, None) => Err(NodeError::NoSocket {
+            socket: folders.node_socket(),
+        }),
+    }
 }
 
 /// The blade of this machine does not have it: says where it is, and what the status kept of it.
 fn elsewhere(error: NodeError, boot: &Boot, agent: &Value) -> anyhow::Error {
-    let is_here = !matches!(error, NodeError::NoSocket { .. }) && !error.is_not_found();
+    let is_here = !error.is_no_blade() && !error.is_not_found();
     if is_here {
         return error.into();
     }
@@ -196,7 +270,7 @@ fn elsewhere(error: NodeError, boot: &Boot, agent: &Value) -> anyhow::Error {
         output::line(tail.trim_end());
     }
     anyhow::Error::from(error).context(format!(
-        "attempt {} ran on blade {}, and its output is kept there: run `far logs {}` on that machine",
+        "attempt {} ran on blade {}, and its output is kept there, but the cluster publishes no gateway to it: run `far logs {}` on that machine",
         boot.identity.attempt, boot.blade, boot.identity.name
     ))
 }
@@ -270,7 +344,7 @@ mod tests {
             stream: stream.into(),
             time: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
             data: data.into(),
-            dropped_bytes: 0,
+            ..LogChunk::default()
         }
     }
 

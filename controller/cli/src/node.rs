@@ -10,8 +10,10 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::gateway::{Caller, GatewayError, Line};
+
 /// Largest answer: a list of all agents of a blade with their tails.
-const MAX_ANSWER_BYTES: usize = 64 << 20;
+pub(crate) const MAX_ANSWER_BYTES: usize = 64 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NodeError {
@@ -24,6 +26,8 @@ pub(crate) enum NodeError {
     },
     #[error("{socket} is not this user's: remove it, or choose another folder with FAR_RUN")]
     Foreign { socket: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Gateway(#[from] GatewayError),
     #[error("{what}: {}", .status.message())]
     Refused { what: String, status: Box<tonic::Status> },
 }
@@ -35,6 +39,23 @@ impl NodeError {
 
     pub(crate) fn is_not_running(&self) -> bool {
         matches!(self, Self::Refused { status, .. } if status.code() == tonic::Code::FailedPrecondition)
+    }
+
+    /// Nobody serves the socket.
+    pub(crate) fn is_no_blade(&self) -> bool {
+        matches!(self, Self::NoSocket { .. } | Self::Connect { .. })
+    }
+
+    /// The way to the blade was lost, or is not there now.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Gateway(error) => error.is_passing(),
+            Self::Refused { status, .. } => {
+                // What tonic itself says of a broken connection has a source.
+                status.code() == tonic::Code::Unavailable || std::error::Error::source(&**status).is_some()
+            }
+            Self::NoSocket { .. } | Self::Connect { .. } | Self::Foreign { .. } => false,
+        }
     }
 
     /// Turns a call's status into an error that names the call.
@@ -54,9 +75,9 @@ pub(crate) async fn connect(socket: &Path) -> Result<NodeClient<Channel>, NodeEr
 }
 
 /// Connects to what people do inside the agents of this machine's blade.
-pub(crate) async fn connect_inside(socket: &Path) -> Result<InsideClient<Channel>, NodeError> {
+pub(crate) async fn connect_inside(socket: &Path) -> Result<InsideClient<Line>, NodeError> {
     let channel = channel(socket).await?;
-    Ok(InsideClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+    Ok(InsideClient::with_interceptor(channel, Caller::default()).max_decoding_message_size(MAX_ANSWER_BYTES))
 }
 
 async fn channel(socket: &Path) -> Result<Channel, NodeError> {

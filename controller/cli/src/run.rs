@@ -136,7 +136,7 @@ async fn print(api: &Api, folders: &Folders, boot: &Boot) -> Result<(), crate::n
     };
     let mut printer = Printer::new(false);
     let is_coming = async || logs::is_coming(api, boot).await;
-    logs::stream(folders, request, is_coming, |chunk| {
+    logs::stream(api, folders, request, is_coming, |chunk| {
         let bytes = printer.format(chunk);
         if chunk.stream() == Stream::Stderr {
             output::error_bytes(&bytes);

@@ -1,6 +1,6 @@
 //! `far top`: what running agents use, as their guests say it in heartbeats.
 
-use far_proto::node::{AgentStats, Phase, Pressure, StatsRequest};
+use far_proto::node::{AgentStats, Identity, Phase, Pressure, StatsRequest, StatsResponse};
 use serde_json::{Value, json};
 
 use crate::{
@@ -8,6 +8,7 @@ use crate::{
     cluster::Cluster,
     exit::Outcome,
     folders::Folders,
+    gateway::Gateway,
     inside::Inside,
     node::{self, NodeError},
     output,
@@ -16,26 +17,28 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct TopArgs {
-    /// Name of the FarAgent [default: all that run on this machine's blade]
+    /// Name of the FarAgent [default: all of the namespace; without a gateway, all on this machine's blade]
     #[arg(value_parser = crate::args::agent_name)]
     agent: Option<String>,
+    /// Of all namespaces
+    #[arg(short = 'A', long, conflicts_with = "agent")]
+    all_namespaces: bool,
     /// As JSON, for programs
     #[arg(short, long, value_enum, value_name = "FORMAT")]
     output: Option<Machine>,
 }
 
 pub(crate) async fn top(cluster: &Cluster, folders: &Folders, args: &TopArgs) -> anyhow::Result<Outcome> {
-    let stats = if let Some(agent) = &args.agent {
-        let mut inside = Inside::find(cluster, folders, agent).await?;
-        let identity = Some(inside.identity.clone());
-        match inside.client.stats(StatsRequest { identity }).await {
-            Ok(stats) => stats.into_inner(),
-            Err(status) => return Err(inside.refused("top", status)),
+    let (stats, place) = match &args.agent {
+        Some(agent) => {
+            let mut inside = Inside::find(cluster, folders, agent).await?;
+            let identity = Some(inside.identity.clone());
+            match inside.client.stats(StatsRequest { identity }).await {
+                Ok(stats) => (stats.into_inner(), String::new()),
+                Err(status) => return Err(inside.refused("top", status)),
+            }
         }
-    } else {
-        let mut client = node::connect_inside(&folders.node_socket()).await?;
-        let stats = client.stats(StatsRequest::default()).await;
-        stats.map_err(NodeError::of("top"))?.into_inner()
+        None => all(cluster, folders, args.all_namespaces).await?,
     };
     let mut agents = stats.agents;
     agents.sort_by_key(|one| {
@@ -48,10 +51,49 @@ pub(crate) async fn top(cluster: &Cluster, folders: &Folders, args: &TopArgs) ->
             let agents: Vec<_> = agents.iter().map(as_json).collect();
             output::line(&serde_json::to_string_pretty(&agents)?);
         }
-        None if agents.is_empty() => output::note("No agent runs on this machine."),
+        None if agents.is_empty() => output::note(&format!("No agent runs {place}.")),
         None => aligned(&rows(&agents)).iter().for_each(|line| output::line(line)),
     }
     Ok(Outcome::Success)
+}
+
+/// Of the cluster through its gateway; without one, of this machine's blade. Answers also where that is.
+async fn all(cluster: &Cluster, folders: &Folders, all_namespaces: bool) -> anyhow::Result<(StatsResponse, String)> {
+    let gateway = match cluster.connect().await {
+        Ok(api) if folders.socket.is_none() => Gateway::find(&api).await?.map(|gateway| (gateway, api)),
+        // Without a cluster there may still be a blade.
+        Ok(_) | Err(_) => None,
+    };
+    let Some((gateway, api)) = gateway else {
+        let mut client = node::connect_inside(&folders.node_socket()).await?;
+        let stats = client.stats(StatsRequest::default()).await;
+        return Ok((
+            stats.map_err(NodeError::of("top"))?.into_inner(),
+            "on this machine".to_owned(),
+        ));
+    };
+    let (identity, place) = if all_namespaces {
+        (None, "in any namespace".to_owned())
+    } else {
+        let identity = Identity {
+            namespace: api.namespace.clone(),
+            ..Identity::default()
+        };
+        (Some(identity), format!("in namespace {}", api.namespace))
+    };
+    let stats = gateway.inside().await?.stats(StatsRequest { identity }).await;
+    let stats = stats.map_err(NodeError::of("top"))?;
+    if let Some(blades) = stats
+        .metadata()
+        .get("far-unreached")
+        .and_then(|names| names.to_str().ok())
+    {
+        output::note(&format!(
+            "far: not reached, so their agents are missing: blades {}",
+            printable(blades)
+        ));
+    }
+    Ok((stats.into_inner(), place))
 }
 
 fn rows(agents: &[AgentStats]) -> Vec<Vec<String>> {

@@ -86,6 +86,8 @@ async fn start_all(folders: &Folders, boot_kit: &Path) -> anyhow::Result<()> {
             "--listen".into(),
             listen,
             "--install-crds".into(),
+            "--gateway-listen".into(),
+            "127.0.0.1:0".into(),
             "--issue-join-token-file".into(),
             path(token.clone()),
             // Bound to this blade: only such a token lets it join again when it lost its identity.

@@ -13,6 +13,7 @@ use std::{
 use far_proto::{
     controller::{HeartbeatRequest, JoinRequest, JoinResponse, RenewRequest, blades_client::BladesClient},
     node::{
+        inside_server::InsideServer,
         node_server::{Node, NodeServer},
         *,
     },
@@ -132,6 +133,8 @@ pub struct Fake {
     pub claims_newer_epoch: Arc<AtomicBool>,
     /// Every new attempt runs and completes by itself.
     pub completes_by_itself: Arc<AtomicBool>,
+    /// What people did inside its agents.
+    pub inside: Arc<super::inside::Happened>,
 }
 
 /// A running fake blade; dropping it is its death.
@@ -168,6 +171,7 @@ impl FakeBlade {
             breaks_after_writing: Arc::default(),
             claims_newer_epoch: Arc::default(),
             completes_by_itself: Arc::default(),
+            inside: Arc::default(),
         };
         Self::resume(cluster, name, room, credentials, fake).await
     }
@@ -192,7 +196,8 @@ impl FakeBlade {
         let router = Server::builder()
             .tls_config(tls)
             .unwrap()
-            .add_service(NodeServer::new(fake.clone()));
+            .add_service(NodeServer::new(fake.clone()))
+            .add_service(InsideServer::new(fake.clone()));
         let mut tasks = JoinSet::new();
         let dead = fake.dead.clone();
         let serving = tokio::spawn(async move {
@@ -282,6 +287,22 @@ impl Fake {
         });
     }
 
+    /// Says that it has an attempt nobody gave it.
+    pub fn lies_about(&self, uid: &str, phase: Phase) {
+        let key = (uid.to_owned(), 1);
+        let mut state = AgentState {
+            identity: Some(Identity {
+                uid: uid.to_owned(),
+                attempt: 1,
+                ..Identity::default()
+            }),
+            ..AgentState::default()
+        };
+        state.set_phase(phase);
+        self.ledger.lock().unwrap().agents.insert(key.clone(), state);
+        self.change(&key, |_| {});
+    }
+
     pub fn ended(&self, uid: &str, reason: EndReason, exit_code: Option<i32>, message: &str) {
         self.change(&self.key(uid), |state| end(state, reason, exit_code, message));
     }
@@ -367,6 +388,13 @@ impl Fake {
         };
         let state = self.ensure_agent(Request::new(request)).await.unwrap();
         state.into_inner().phase()
+    }
+
+    /// Identities that run.
+    pub fn running_identities(&self) -> Vec<Identity> {
+        let ledger = self.ledger.lock().unwrap();
+        let running = ledger.agents.values().filter(|state| state.phase() == Phase::Running);
+        running.filter_map(|state| state.identity.clone()).collect()
     }
 
     pub fn epoch(&self) -> u64 {
@@ -616,8 +644,18 @@ impl Node for Fake {
 
     type LogsStream = Flow<LogChunk>;
 
-    async fn logs(&self, _: Request<LogsRequest>) -> Result<Response<Flow<LogChunk>>, Status> {
-        Err(Status::unimplemented("a fake blade keeps no logs"))
+    async fn logs(&self, request: Request<LogsRequest>) -> Result<Response<Flow<LogChunk>>, Status> {
+        let chunks = super::inside::logs(self, request.into_inner());
+        // A blade that ends says so.
+        let dead = self.dead.clone();
+        let end = futures::stream::once(async move {
+            dead.is_cancelled()
+                .then(|| Err(Status::unavailable("the blade ends: the call is broken off")))
+        });
+        let chunks = chunks.take_until(self.dead.clone().cancelled_owned());
+        Ok(Response::new(Box::pin(
+            chunks.chain(end.filter_map(std::future::ready)),
+        )))
     }
 
     async fn capacity(&self, _: Request<CapacityRequest>) -> Result<Response<NodeCapacity>, Status> {

@@ -3,7 +3,9 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod blade;
+pub mod inside;
 pub mod server;
+pub mod users;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -43,6 +45,8 @@ pub struct Cluster {
     pub client: Client,
     controller: Option<(CancellationToken, JoinHandle<anyhow::Result<()>>)>,
     pub address: String,
+    /// Of the user gateway, where the controller has one.
+    pub gateway: Option<std::net::SocketAddr>,
     pub epoch: u64,
 }
 
@@ -88,6 +92,7 @@ impl Cluster {
             client: Client::try_from(config).unwrap(),
             controller: None,
             address: String::new(),
+            gateway: None,
             epoch: 0,
         }
     }
@@ -127,6 +132,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let running: Running = far_controller::start(config, shutdown.clone()).await.unwrap();
         self.address = running.address.to_string();
+        self.gateway = running.gateway;
         self.epoch = running.epoch;
         self.controller = Some((shutdown, tokio::spawn(running.wait())));
     }

@@ -139,6 +139,7 @@ impl Feed {
             time: Some(wire::timestamp_of_ns(read.record.time_ns)),
             data,
             dropped_bytes: std::mem::take(&mut self.dropped),
+            seq: read.record.seq,
         });
     }
 }

@@ -323,6 +323,22 @@ async fn a_certificate_is_renewed_at_half_its_life_and_used_at_once() {
 }
 
 #[tokio::test]
+async fn renewing_drops_nothing_that_is_open() {
+    use futures::FutureExt;
+    let setup = Setup::new(6).await;
+    let mut tasks = JoinSet::new();
+    let (address, _shutdown) = setup.blade(&mut tasks).await;
+    setup.until(|seen| !seen.heartbeats.is_empty()).await;
+    let identity = setup.controller.ca.issue(CONTROLLER_NAME);
+    let mut client = setup.call_as(&address, Some(identity)).await.unwrap();
+    let request = far_proto::node::WatchEventsRequest { epoch: 7, from_seq: 0 };
+    let mut events = client.watch_events(request).await.unwrap().into_inner();
+    assert!(events.message().await.unwrap().unwrap().replay_done);
+    setup.until(|seen| seen.renewals >= 2).await;
+    assert!(events.message().now_or_never().is_none(), "the stream goes on");
+}
+
+#[tokio::test]
 async fn a_certificate_for_another_key_is_not_taken() {
     let ca = Ca::new();
     let other = Request::new("blade-1").unwrap();

@@ -2,6 +2,8 @@
 //! file per story; this crate holds only what they share.
 #![forbid(unsafe_code)]
 
+pub mod terminal;
+
 use far_testkit::{Far, Options, skip};
 
 /// A FAR with default options, or `None` after saying by name what this machine lacks.

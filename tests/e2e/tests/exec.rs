@@ -1,18 +1,19 @@
 //! Inside a running agent: exec, cp, port-forward, top and logs, as a user types them.
 
 use std::{
-    fs::{self, File},
+    fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, TcpStream},
-    os::{fd::AsRawFd, unix::fs::PermissionsExt},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::mpsc,
-    time::Duration,
+    process::Stdio,
 };
 
-use far_e2e::{far_or_skip, payload_agent};
-use far_testkit::{Far, PATIENCE, find, wait_for};
+use far_e2e::{
+    far_or_skip, payload_agent,
+    terminal::{Terminal, interrupt},
+};
+use far_testkit::{Far, find, wait_for};
 use serde_json::Value;
 
 /// A FAR with one running agent, which echoes on its port 7777.
@@ -232,98 +233,9 @@ fn a_port_of_the_agent_is_reached_and_its_use_and_output_are_shown() {
     far.stop();
 }
 
-fn interrupt(child: &Child) {
-    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-    assert!(sent.expect("kill runs").success());
-}
-
-/// A command on a real pseudo-terminal of its own.
-struct Terminal {
-    master: File,
-    slave: File,
-    child: Child,
-    output: mpsc::Receiver<Vec<u8>>,
-    seen: String,
-}
-
-impl Terminal {
-    fn start(far: &Far, args: &[&str]) -> Self {
-        let size = nix::pty::Winsize {
-            ws_row: 40,
-            ws_col: 100,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let pty = nix::pty::openpty(&size, None).expect("a pseudo-terminal");
-        let (master, slave) = (File::from(pty.master), File::from(pty.slave));
-        let stdio = || Stdio::from(slave.try_clone().expect("a second handle"));
-        // setsid(1) makes it the controlling terminal: only then does a new size send SIGWINCH.
-        let child = far
-            .command(Path::new("setsid"))
-            .args(["--ctty", "--wait"])
-            .arg(find::binary("far"))
-            .args(args)
-            .stdin(stdio())
-            .stdout(stdio())
-            .stderr(stdio())
-            .spawn()
-            .expect("setsid is there");
-        let (send, output) = mpsc::channel();
-        let mut reader = master.try_clone().expect("a second handle");
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(length @ 1..) = reader.read(&mut buffer) {
-                if send.send(buffer[..length].to_vec()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self {
-            master,
-            slave,
-            child,
-            output,
-            seen: String::new(),
-        }
-    }
-
-    fn until(&mut self, text: &str) {
-        while !self.seen.contains(text) {
-            match self.output.recv_timeout(PATIENCE) {
-                Ok(bytes) => self.seen += &String::from_utf8_lossy(&bytes),
-                Err(_) => panic!("no {text:?} came: {:?}", self.seen),
-            }
-        }
-    }
-
-    fn press(&mut self, keys: &[u8]) {
-        self.master.write_all(keys).expect("the terminal takes keys");
-    }
-
-    fn resize(&self, rows: u32, columns: u32) {
-        let path = fs::read_link(format!("/proc/self/fd/{}", self.slave.as_raw_fd())).expect("the terminal's path");
-        let done = Command::new("stty")
-            .arg("-F")
-            .arg(path)
-            .args(["rows", &rows.to_string(), "cols", &columns.to_string()])
-            .status();
-        assert!(done.expect("stty is there").success());
-    }
-
-    fn settings(&self) -> nix::sys::termios::Termios {
-        nix::sys::termios::tcgetattr(&self.slave).expect("a terminal")
-    }
-
-    fn code(mut self) -> (i32, String) {
-        let code = wait_for("far exec to end", || match self.child.try_wait() {
-            Ok(Some(status)) => Ok(status.code().unwrap_or(-1)),
-            _ => Err(self.seen.clone()),
-        });
-        while let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(100)) {
-            self.seen += &String::from_utf8_lossy(&bytes);
-        }
-        (code, self.seen)
-    }
+/// `far` with these arguments on a terminal of its own.
+fn start(far: &Far, args: &[&str]) -> Terminal {
+    Terminal::start(far.command(Path::new("setsid")), &find::binary("far"), args)
 }
 
 #[test]
@@ -336,7 +248,7 @@ fn a_terminal_follows_size_keys_and_ctrl_c_and_is_given_back() {
         .into_iter()
         .chain(steps)
         .collect();
-    let mut terminal = Terminal::start(&far, &args);
+    let mut terminal = start(&far, &args);
     let before = terminal.settings();
     terminal.until("40x100\r\n");
     terminal.until("waiting");
@@ -345,7 +257,7 @@ fn a_terminal_follows_size_keys_and_ctrl_c_and_is_given_back() {
     terminal.until("50x120\r\n");
     terminal.press(b"hello\r");
     terminal.until("read hello\r\n");
-    let slave = terminal.slave.try_clone().expect("a second handle");
+    let slave = terminal.slave();
     let (code, seen) = terminal.code();
     assert_eq!(code, 7, "{seen:?}");
     assert_eq!(
@@ -354,7 +266,7 @@ fn a_terminal_follows_size_keys_and_ctrl_c_and_is_given_back() {
         "as it was"
     );
 
-    let mut terminal = Terminal::start(
+    let mut terminal = start(
         &far,
         &["exec", "-it", "a", "--", "/payload", "out=sleeps", "sleep=600000"],
     );

@@ -101,7 +101,7 @@ impl Node for Blade {
                     stream: (*stream).into(),
                     time: Some(prost_types::Timestamp { seconds: 0, nanos: 0 }),
                     data: text.clone().into_bytes(),
-                    dropped_bytes: 0,
+                    ..LogChunk::default()
                 })
             })
             .collect();
