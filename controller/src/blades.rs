@@ -16,8 +16,8 @@ use tonic::{Request, Response, Status, async_trait};
 
 use crate::{
     ca::{self, Ca, CaError, Issued},
-    leader::Lead,
     door::Visit,
+    leader::Lead,
     metrics::Metrics,
     registry::{HeartbeatError, Registry},
     tokens::{Revocations, TokenError, Tokens},

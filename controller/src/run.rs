@@ -127,10 +127,7 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         config.fence_after + config.fence_margin,
     ));
     let metrics = told.metrics.clone();
-    let address = serve(
-        &config, &ca, &registry, &world, &metrics, &lead, &stop, &mut tasks,
-    )
-    .await?;
+    let address = serve(&config, &ca, &registry, &world, &metrics, &lead, &stop, &mut tasks).await?;
     let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
     let works = work(
         &config,
