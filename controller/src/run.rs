@@ -234,6 +234,7 @@ async fn connect(config: &Config) -> Result<Client> {
     Client::try_from(kube_config).context("preparing the Kubernetes client")
 }
 
+#[allow(clippy::too_many_arguments)] // Each is a part that exists once.
 async fn serve(
     config: &Config,
     ca: &Arc<Ca>,

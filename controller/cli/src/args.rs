@@ -102,6 +102,9 @@ pub(crate) enum Command {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Print a token of a service account
+    #[command(after_help = crate::token::EXAMPLES)]
+    Token(crate::token::TokenArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },

@@ -130,12 +130,13 @@ fn decide_known(seen: &Seen<'_>, report: &Report) -> Decision {
         Stage::Ended if report.is_withdrawn() && !seen.status.has_begun() => Decision::PlaceAnew,
         Stage::Ended | Stage::Stopping => Decision::Tell,
         Stage::Accepted | Stage::Preparing | Stage::Starting | Stage::Warm | Stage::Running if is_called => {
-            // What is on the blade is told before anything is asked of it.
+            // What is on the blade is told before anything is asked of it. What was begun is done: a suspension that is taken
+            // back before the attempt ended still ends it, and it is placed anew.
             let is_told = seen.status.has_begun();
             let word = seen.status.condition(ConditionKind::Sleeping).is_some();
             if is_told && seen.wanted.suspended && !seen.status.is_suspending() {
                 Decision::DeclareSuspended
-            } else if is_told && (seen.wanted.suspended || seen.must_leave) {
+            } else if is_told && (seen.status.is_suspending() || seen.must_leave) {
                 Decision::Evict
             } else if seen.wanted.asleep && !word && seen.status.phase() == Phase::Running {
                 Decision::Sleep

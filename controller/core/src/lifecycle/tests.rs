@@ -267,6 +267,11 @@ fn a_suspended_agent_is_not_placed_and_a_placed_one_is_ended_and_waits_uncounted
         suspended(&ending, BladeView::Unreachable, Some(&running)),
         Decision::Tell
     );
+    assert_eq!(
+        decide(&seen(&ending, BladeView::Connected, Some(&running))),
+        Decision::Evict,
+        "taken back too late"
+    );
     let mut ended = report(Stage::Ended);
     ended.end.as_mut().unwrap().reason = EndReason::Evicted;
     // Not suspended any more when the end is heard: it is placed anew all the same, whatever its restartPolicy.
