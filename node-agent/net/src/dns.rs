@@ -172,7 +172,7 @@ pub async fn serve(network: Arc<Network>, socket: Arc<UdpSocket>, resolver: Sock
 
 async fn answer(network: Arc<Network>, question: &[u8], from: IpAddr, resolver: SocketAddr) -> Option<Vec<u8>> {
     let (place, policy) = network.of_address(from)?;
-    let name = match judge(question, |name| policy.rules_for_name(name).next().is_some()) {
+    let name = match judge(question, |name| policy.resolves(name)) {
         Asked::Forward(name) => name,
         Asked::Answer(answer) => return Some(answer),
         Asked::Ignore => return None,

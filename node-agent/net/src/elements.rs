@@ -8,7 +8,7 @@ use crate::{
     nft::{Element, Table, expression::Expression},
     policy::{Destination, Limits, Mode, Policy, Protocol, Rule, is_never, is_private},
     slot::{Place, Wiring},
-    table::{ARP, BRIDGE, INET, MARK_BYTE, NEVER4, NEVER6, PRIVATE4, PRIVATE6, interval, name_key},
+    table::{ARP, BRIDGE, INET, MARK_BYTE, NEVER4, NEVER6, PRIVATE4, PRIVATE6, interval, name_key, shard_of},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -165,10 +165,11 @@ pub(crate) fn permissions(place: &Place, policy: &Policy, generation: u8) -> Ele
             interval(key(first), key(last), None)
         })
     });
-    elements.push((INET, "ports", ports.collect()));
+    let shard = shard_of(place.slot);
+    elements.push((INET, shard.ports, ports.collect()));
     for (set, is_ipv4, pieces) in [
-        ("egress4", true, &classes.pieces4),
-        ("egress6", false, &classes.pieces6),
+        (shard.egress4, true, &classes.pieces4),
+        (shard.egress6, false, &classes.pieces6),
     ] {
         let of = pieces.iter().flat_map(|(range, ports)| {
             let address = |number: u128| {
@@ -211,6 +212,7 @@ pub(crate) fn pin(
     let data = class(place, generation, number).to_ne_bytes().to_vec();
     let element = Element {
         timeout: Some(milliseconds),
+        comment: Some(name.as_str().to_owned()),
         ..Element::with_data(key, data)
     };
     Some((INET, set, element))

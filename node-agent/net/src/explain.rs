@@ -127,8 +127,8 @@ pub fn explain(place: &Place, policy: &Policy, pinned: &Pinned, blade: &[IpAddr]
             }
         });
         match over {
-            None => return end(true, format!("network.egress[{number}]"), &mut passed_over),
-            Some(why) => passed_over.push(format!("network.egress[{number}]: {why}")),
+            None => return end(true, policy.name_of_rule(number), &mut passed_over),
+            Some(why) => passed_over.push(format!("{}: {why}", policy.name_of_rule(number))),
         }
     }
     match policy.mode {
@@ -150,6 +150,7 @@ mod tests {
         nft::Element,
         policy::{Cidr, Rule, Service},
         slot::Slot,
+        table::shard_of,
     };
     use proptest::prelude::*;
     use std::net::Ipv4Addr;
@@ -179,7 +180,7 @@ mod tests {
         let ports = |class: Vec<u8>| {
             let port = packet.port.to_be_bytes();
             let key = [&class[..], &[packet.protocol, 0, 0, 0], &port, &[0, 0]].concat();
-            interval_value(&of("ports"), &key).is_some()
+            interval_value(&of(shard_of(place.slot).ports), &key).is_some()
         };
         let pinned: Vec<Element> = pins
             .iter()
@@ -189,7 +190,7 @@ mod tests {
             .iter()
             .find(|element| element.key == key)
             .and_then(|element| element.data.clone());
-        let by_cidr = interval_value(&of("egress4"), &key).flatten();
+        let by_cidr = interval_value(&of(shard_of(place.slot).egress4), &key).flatten();
         let is_open = !of("open").is_empty() && !is_private(packet.destination);
         !is_never(packet.destination) && (by_name.is_some_and(ports) || by_cidr.is_some_and(ports) || is_open)
     }

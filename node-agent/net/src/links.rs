@@ -7,7 +7,7 @@ use crate::{
     },
     slot::{GATEWAY, GATEWAY6, Place},
 };
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 const UP: u32 = libc::IFF_UP as u32;
 /// `struct ifinfomsg`.
@@ -30,6 +30,7 @@ pub(crate) struct Link {
     pub(crate) has_carrier: bool,
     /// Index of its bridge.
     pub(crate) master: Option<u32>,
+    pub(crate) mtu: u32,
 }
 
 /// What happened to a link.
@@ -102,9 +103,37 @@ impl Links {
         })
     }
 
+    /// The link that a namespace's packets leave by, and its MTU: that of the default route with the lowest metric.
+    pub(crate) fn way_out(&mut self) -> Result<Option<(String, u32)>, Refused> {
+        let mut question = Messages::default();
+        // `struct rtmsg` of any IPv4 route.
+        let mut header = [0; 12];
+        header[0] = libc::AF_INET as u8;
+        question.add("listing routes", libc::RTM_GETROUTE, DUMP, &header, |_| {});
+        let mut best: Option<(u32, u32)> = None;
+        self.socket.ask(question, |_, body| {
+            let Some(rest) = body
+                .get(12..)
+                .filter(|_| body[1] == 0 && body[4] == libc::RT_TABLE_MAIN)
+            else {
+                return;
+            };
+            let metric = attribute(rest, libc::RTA_PRIORITY).and_then(read_u32).unwrap_or(0);
+            let index = attribute(rest, libc::RTA_OIF).and_then(read_u32);
+            let found = index.map(|index| (metric, index));
+            best = match (best, found) {
+                (Some(before), Some(found)) => Some(before.min(found)),
+                (before, found) => before.or(found),
+            };
+        })?;
+        let Some((_, index)) = best else { return Ok(None) };
+        let link = self.list()?.into_iter().find(|link| link.index == index);
+        Ok(link.map(|link| (link.name, link.mtu)))
+    }
+
     /// Brings a routed tap up and makes the way to its guest: the neighbour is written down, so that no answer of any
     /// guest changes it.
-    pub(crate) fn bring_up(&mut self, index: u32, place: &Place) -> Result<(), Refused> {
+    pub(crate) fn bring_up(&mut self, index: u32, place: &Place, mtu: u32) -> Result<(), Refused> {
         let tap = &place.tap;
         let mut messages = Messages::default();
         messages.add(
@@ -112,7 +141,11 @@ impl Links {
             libc::RTM_NEWLINK,
             0,
             &link_header(index, UP, UP, 0),
-            |_| {},
+            |to| {
+                if mtu != 0 {
+                    to.ne32(libc::IFLA_MTU, mtu);
+                }
+            },
         );
         // Routes are looked up by the slot's address; neighbours are by the guest's, which packets have by then.
         let both = [
@@ -193,12 +226,21 @@ impl Links {
     }
 
     /// Makes a pair of links, one here, the other in the namespace of `peers`.
-    pub(crate) fn make_pair(&mut self, here: &str, there: &str, peers: &std::fs::File) -> Result<(), Refused> {
+    pub(crate) fn make_pair(
+        &mut self,
+        here: &str,
+        there: &str,
+        peers: &std::fs::File,
+        mtu: u32,
+    ) -> Result<(), Refused> {
         use std::os::fd::AsRawFd;
         let mut peer = Attributes::default();
         let namespace = peers.as_raw_fd().cast_unsigned();
         peer.text(libc::IFLA_IFNAME, there)
             .ne32(libc::IFLA_NET_NS_FD, namespace);
+        if mtu != 0 {
+            peer.ne32(libc::IFLA_MTU, mtu);
+        }
         let peer = [&link_header(0, 0, 0, 0)[..], peer.bytes()].concat();
         let mut messages = Messages::default();
         let what = format!("making the pair {here} and {there}");
@@ -208,6 +250,9 @@ impl Links {
             CREATE | EXCLUSIVE,
             &link_header(0, 0, 0, 0),
             |to| {
+                if mtu != 0 {
+                    to.ne32(libc::IFLA_MTU, mtu);
+                }
                 to.text(libc::IFLA_IFNAME, here).nest(libc::IFLA_LINKINFO, |info| {
                     info.put(libc::IFLA_INFO_KIND, b"veth")
                         .nest(libc::IFLA_INFO_DATA, |data| {
@@ -219,13 +264,12 @@ impl Links {
         self.socket.do_all(messages, false)
     }
 
-    /// Gives a link its address, brings it up, and makes `gateway` the way to everywhere.
+    /// Gives a link its addresses, brings it up, and makes the gateways the way to everywhere.
     pub(crate) fn connect_end(
         &mut self,
         name: &str,
-        address: Ipv4Addr,
-        prefix: u8,
-        gateway: Option<Ipv4Addr>,
+        addresses: &[(IpAddr, u8)],
+        gateways: &[IpAddr],
     ) -> Result<(), Refused> {
         let gone = || {
             Refused::new(
@@ -235,7 +279,9 @@ impl Links {
         };
         let index = self.find(name)?.ok_or_else(gone)?.index;
         let mut messages = Messages::default();
-        add_address(&mut messages, index, name, IpAddr::V4(address), prefix);
+        for &(address, prefix) in addresses {
+            add_address(&mut messages, index, name, address, prefix);
+        }
         messages.add(
             format!("bringing {name} up"),
             libc::RTM_NEWLINK,
@@ -243,13 +289,13 @@ impl Links {
             &link_header(index, UP, UP, 0),
             |_| {},
         );
-        if let Some(gateway) = gateway {
-            let mut header = route_header(IpAddr::V4(gateway));
+        for &gateway in gateways {
+            let mut header = route_header(gateway);
             // To everywhere, over a gateway: no bits, scope of the universe.
             (header[1], header[6]) = (0, libc::RT_SCOPE_UNIVERSE);
             let what = format!("routing everything to {gateway}");
             messages.add(what, libc::RTM_NEWROUTE, CREATE | REPLACE, &header, |to| {
-                to.put(libc::RTA_GATEWAY, &gateway.octets()).ne32(libc::RTA_OIF, index);
+                to.put(libc::RTA_GATEWAY, &bytes(gateway)).ne32(libc::RTA_OIF, index);
             });
         }
         self.socket.do_all(messages, false)
@@ -339,6 +385,7 @@ fn parse_link(body: &[u8]) -> Option<Link> {
         is_up: flags & UP != 0,
         has_carrier: flags & libc::IFF_LOWER_UP as u32 != 0,
         master: attribute(rest, libc::IFLA_MASTER).and_then(read_u32),
+        mtu: attribute(rest, libc::IFLA_MTU).and_then(read_u32).unwrap_or(0),
     })
 }
 

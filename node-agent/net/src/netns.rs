@@ -21,6 +21,7 @@ use std::{
 const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 /// Whether IPv4 packets pass from one interface to another. Looked up in the namespace of the thread that opens it.
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+const IPV6_FORWARD: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 
 /// Why a namespace or tap could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -173,6 +174,36 @@ impl GuestNetns {
         })
     }
 
+    /// The namespace of the calling thread: the blade's own, for an uplink.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn current() -> Result<Self, NetError> {
+        let file = File::open(OWN_NETNS).map_err(|source| NetError::Namespace {
+            operation: "finding",
+            source,
+        })?;
+        Ok(Self { file })
+    }
+
+    /// Whether both are the same namespace.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn is_same(&self, other: &Self) -> io::Result<bool> {
+        let (one, other) = (self.file.metadata()?, other.file.metadata()?);
+        Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+    }
+
+    /// Whether IPv4 and IPv6 packets pass from one interface of the namespace to another.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn forwards(&self) -> Result<(bool, bool), NetError> {
+        let is_on = |path: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() != "0");
+        self.run_inside(|| (is_on(IP_FORWARD), is_on(IPV6_FORWARD)))
+    }
+
     /// The namespace that a process is in: a VMM's that outlived the far-node that started it.
     ///
     /// # Errors
@@ -212,9 +243,8 @@ impl GuestNetns {
 /// Lets packets pass between interfaces of the calling thread's namespace. Return paths are not checked by the kernel:
 /// guests' sources are checked by address, MAC and tap before, and have no route of their own.
 pub(crate) fn enable_forwarding(has_ipv6: bool) -> Result<(), NetError> {
-    let ipv6 = ["/proc/sys/net/ipv6/conf/all/forwarding"];
-    let ipv4 = [IP_FORWARD];
-    for path in ipv4.iter().chain(ipv6.iter().filter(|_| has_ipv6)) {
+    let ipv6 = has_ipv6.then_some(IPV6_FORWARD);
+    for path in [IP_FORWARD].into_iter().chain(ipv6) {
         fs::write(path, "1").map_err(|source| NetError::Namespace {
             operation: "letting packets pass in",
             source,

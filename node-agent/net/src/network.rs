@@ -9,26 +9,29 @@
 //! Everything blocks for as long as the kernel needs; call it where blocking is allowed. All changes go through one lock,
 //! as the kernel's own transactions do.
 
+mod counters;
+mod pins;
+mod reclaim;
+
+pub use counters::{Count, Counters};
+pub use reclaim::{Proven, Reclaimed};
+
 use crate::{
     elements::{self, Elements},
     links::{Link, Links},
     netlink::Refused,
     netns::{GuestNetns, NetError},
-    nft::{Batch, Element, Family, Nft, Seen, Table, datatype},
-    policy::{DnsName, Policy, PolicyError},
+    nft::{Batch, Element, Nft},
+    policy::{Policy, PolicyError},
     pool::{Lease, Pool},
     slot::{Place, Slot, TapName, Wiring},
-    table::{self, BRIDGE, INET, SETS},
+    table::{self, INET},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
-
-/// Pins kept per VM; the oldest goes for the newest.
-const MAX_PINS: usize = 1024;
 
 /// What was just done, for whoever follows along: tests end the process there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +89,8 @@ pub struct Options {
     pub capacity: u16,
     /// Whether guests have IPv6.
     pub has_ipv6: bool,
+    /// Of taps and uplink, bytes: the blade's own way out's, for no guest learns a smaller one. 0: the kernel's default.
+    pub mtu: u32,
     /// Called after each step.
     pub on_step: fn(Step),
 }
@@ -95,6 +100,7 @@ impl Default for Options {
         Self {
             capacity: 1024,
             has_ipv6: true,
+            mtu: 0,
             on_step: |_| {},
         }
     }
@@ -104,48 +110,6 @@ impl std::fmt::Debug for Options {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} slots, IPv6 {}", self.capacity, self.has_ipv6)
     }
-}
-
-/// What passed, and what did not, since the VM was attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counters {
-    /// Let through the anti-spoof rules.
-    pub sent: Count,
-    /// To the guest.
-    pub received: Count,
-    /// Dropped: not the VM's MAC or address, or frames that guests have no right to.
-    pub spoofed: Count,
-    /// Dropped: above a limit.
-    pub limited: Count,
-    /// Dropped: no rule lets it.
-    pub denied: Count,
-}
-
-/// Of a counter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Count {
-    /// Packets.
-    pub packets: u64,
-    /// Bytes, link headers not included.
-    pub bytes: u64,
-}
-
-/// What of a network a ledger proves.
-#[derive(Debug, Clone, Default)]
-pub struct Proven {
-    /// VMs that live, with their policies: adopted.
-    pub live: Vec<(Place, Policy)>,
-    /// Names of taps that are FAR's. Elements and routes of those that do not live are removed; other names are left.
-    pub ours: BTreeSet<TapName>,
-}
-
-/// What a reclaim did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Reclaimed {
-    /// VMs that live.
-    pub adopted: usize,
-    /// Slots or ports that were leaked and are clean now.
-    pub removed: usize,
 }
 
 #[derive(Debug)]
@@ -206,7 +170,8 @@ impl Network {
 
     fn state(options: Options) -> Result<State, NetworkError> {
         let (mut nft, mut links) = (Nft::open()?, Links::open()?);
-        if !nft.has_table(INET)? {
+        // Those of another version go with what is in them: a reclaim adds anew what lives.
+        if nft.table_comment(INET)?.as_deref() != Some(table::LAYOUT) {
             nft.commit(table::install())?;
         }
         if let Some(loopback) = links.find("lo")? {
@@ -228,6 +193,12 @@ impl Network {
     #[must_use]
     pub fn netns(&self) -> Option<&GuestNetns> {
         self.netns.as_ref()
+    }
+
+    /// As it was opened.
+    #[must_use]
+    pub fn options(&self) -> Options {
+        self.options
     }
 
     /// Lets packets pass between taps and the namespace's uplink, as the tables say. Without it guests reach the blade's
@@ -361,7 +332,7 @@ impl Network {
             pins: Vec::new(),
         };
         if attached.place.wiring == Wiring::Routed
-            && let Err(refused) = state.links.bring_up(index, &attached.place)
+            && let Err(refused) = state.links.bring_up(index, &attached.place, self.options.mtu)
         {
             state.remove(&attached)?;
             if refused.code() == libc::ENODEV {
@@ -401,7 +372,7 @@ impl Network {
             &elements::permissions(place, &attached.policy, attached.generation),
         );
         nft.commit(batch)?;
-        unpin(nft, attached);
+        pins::unpin(nft, attached);
         (attached.policy, attached.generation) = (policy, generation);
         Ok(())
     }
@@ -441,90 +412,10 @@ impl Network {
             }
         }
         (self.options.on_step)(Step::Down);
-        unpin(&mut state.nft, attached);
+        pins::unpin(&mut state.nft, attached);
         state.remove(attached)?;
         (self.options.on_step)(Step::Unlet);
         Ok(())
-    }
-
-    /// Lets a VM reach an address that a name of its policy resolved to, for `lifetime`. False if no rule is for the name,
-    /// or if the address is one that a name may not stand for (rebinding).
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn pin(&self, slot: Slot, name: &DnsName, address: IpAddr, lifetime: Duration) -> Result<bool, NetworkError> {
-        let mut state = self.lock();
-        let State { attached, nft, .. } = &mut *state;
-        let none = NetworkError::NotAttached { slot: slot.number() };
-        let attached = attached.get_mut(&slot.number()).ok_or(none)?;
-        if crate::policy::is_never(address) || crate::policy::is_private(address) {
-            return Ok(false);
-        }
-        let milliseconds = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
-        let Attached {
-            place,
-            policy,
-            generation,
-            ..
-        } = &*attached;
-        let Some((table, set, element)) = elements::pin(place, policy, *generation, name, address, milliseconds) else {
-            return Ok(false);
-        };
-        let key = (set, element.key.clone());
-        // A pin that is there keeps its time in the kernel: it is made anew, for the longer time.
-        let mut batch = Batch::new();
-        if nft.element(table, set, &element.key)?.is_some() {
-            batch.delete_elements(table, set, std::slice::from_ref(&element));
-        }
-        batch.add_elements(table, set, std::slice::from_ref(&element));
-        match nft.commit(batch) {
-            // It went by itself between the look and the change.
-            Err(refused) if refused.code() == libc::ENOENT => {
-                let mut again = Batch::new();
-                again.add_elements(table, set, &[element]);
-                nft.commit(again)?;
-            }
-            other => other?,
-        }
-        attached.pins.retain(|pin| *pin != key);
-        if attached.pins.len() >= MAX_PINS {
-            let (set, key) = attached.pins.remove(0);
-            let mut batch = Batch::new();
-            batch.delete_elements(INET, set, &[Element::of(key)]);
-            // One that has gone by itself is as good.
-            let _ = nft.commit(batch);
-        }
-        attached.pins.push(key);
-        Ok(true)
-    }
-
-    /// What a VM sent, received, and was refused.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn counters(&self, slot: Slot) -> Result<Counters, NetworkError> {
-        let mut state = self.lock();
-        let none = NetworkError::NotAttached { slot: slot.number() };
-        let place = state.attached.get(&slot.number()).ok_or(none)?.place.clone();
-        let key = elements::lasting_mark(&place).to_ne_bytes();
-        let name = table::name_key(place.tap.as_str());
-        let table = match place.wiring {
-            Wiring::Routed => INET,
-            Wiring::Bridged => BRIDGE,
-        };
-        let mut of = |table, set, key: &[u8]| -> Result<Count, NetworkError> {
-            Ok(state
-                .nft
-                .element(table, set, key)?
-                .map_or(Count::default(), |seen| Count::of(&seen)))
-        };
-        Ok(Counters {
-            sent: of(INET, "sent", &key)?,
-            received: of(table, "received", &name)?,
-            spoofed: of(table, "spoofed", &name)?,
-            limited: of(INET, "limited", &key)?,
-            denied: of(INET, "denied", &key)?,
-        })
     }
 
     /// Who is where under which policy.
@@ -555,105 +446,6 @@ impl Network {
         };
         let found = state.attached.values().find(|attached| is_its(&attached.place))?;
         Some((found.place.clone(), found.policy.clone()))
-    }
-
-    /// After a restart: adopts what lives, cleans what is leaked, leaves what is nobody's of ours. Run it in the
-    /// background, before the first attach.
-    ///
-    /// # Errors
-    /// The kernel's; a second run goes on where the first ended.
-    pub fn reclaim(&self, proven: &Proven) -> Result<Reclaimed, NetworkError> {
-        let mut state = self.lock();
-        let mut seen = seen_by_owner(&mut state.nft)?;
-        let links = state.links.list()?;
-        let mut done = Reclaimed::default();
-        for link in &links {
-            if let (Some(slot), true) = (Slot::of_tap(&link.name), self.netns.is_some()) {
-                state.taps.insert(slot.number(), link.index);
-            }
-        }
-        let live: BTreeSet<&TapName> = proven.live.iter().map(|(place, _)| &place.tap).collect();
-        // Leaked first: it frees what the live ones may need.
-        let leaked: Vec<&TapName> = proven.ours.iter().filter(|tap| !live.contains(tap)).collect();
-        for tap in leaked {
-            let link = links.iter().find(|link| link.name == tap.as_str());
-            let is_routed = Slot::of_tap(tap.as_str()).is_some();
-            let is_up = link.is_some_and(|link| link.is_up && is_routed);
-            if let Some(link) = link.filter(|_| is_up) {
-                state.links.take_down(link.index, &link.name)?;
-            }
-            let elements = seen.remove_tap(tap);
-            let mut batch = Batch::new();
-            for (table, set, of) in &elements {
-                batch.delete_elements(*table, set, of);
-            }
-            if !elements.is_empty() {
-                state.nft.commit(batch)?;
-            }
-            done.removed += usize::from(is_up || !elements.is_empty());
-        }
-        for (place, policy) in &proven.live {
-            if self.adopt(&mut state, place, policy, &links, seen.remove_tap(&place.tap))? {
-                done.adopted += 1;
-            }
-        }
-        Ok(done)
-    }
-
-    /// Makes the kernel hold exactly what a live VM is to have, whatever it holds. Its counters go on.
-    fn adopt(
-        &self,
-        state: &mut State,
-        place: &Place,
-        policy: &Policy,
-        links: &[Link],
-        seen: Elements,
-    ) -> Result<bool, NetworkError> {
-        let Some(link) = links.iter().find(|link| link.name == place.tap.as_str()) else {
-            // The tap is gone, so its VM cannot live on: what is left of it goes.
-            let mut batch = Batch::new();
-            delete(&mut batch, &seen);
-            state.nft.commit(batch)?;
-            return Ok(false);
-        };
-        let Some(lease) = state.pool.adopt(place.slot) else {
-            return Ok(false);
-        };
-        let gate = seen
-            .iter()
-            .find(|(_, set, _)| *set == "vm")
-            .and_then(|(_, _, of)| of.first()?.data.clone());
-        if let (Some(old), Some(next)) = (gate, state.generations.get_mut(usize::from(place.slot.number()))) {
-            *next = old.get(1).copied().unwrap_or(0);
-        }
-        let generation = state.next_generation(place.slot);
-        let is_counter = |set: &str| ["sent", "received", "spoofed", "limited", "denied"].contains(&set);
-        let counted: BTreeSet<(Family, &str)> = seen
-            .iter()
-            .filter(|(_, set, _)| is_counter(set))
-            .map(|(table, set, _)| (table.family, *set))
-            .collect();
-        let mut batch = Batch::new();
-        let old: Elements = seen.iter().filter(|(_, set, _)| !is_counter(set)).cloned().collect();
-        delete(&mut batch, &old);
-        let mut new = everything(place, policy, generation);
-        new.retain(|(table, set, _)| !counted.contains(&(table.family, *set)));
-        add(&mut batch, &new);
-        state.nft.commit(batch)?;
-        match place.wiring {
-            Wiring::Routed => state.links.bring_up(link.index, place)?,
-            Wiring::Bridged => state.links.isolate(link.index, &link.name)?,
-        }
-        let attached = Attached {
-            place: place.clone(),
-            policy: policy.clone(),
-            generation,
-            index: link.index,
-            lease: Some(lease),
-            pins: Vec::new(),
-        };
-        state.attached.insert(place.slot.number(), attached);
-        Ok(true)
     }
 
     /// Names a bridge whose guests' packets come to the blade through it. Once per bridge.
@@ -710,21 +502,12 @@ impl State {
         match self.nft.commit(batch) {
             // Somebody else took some of it away: what is left is found by looking.
             Err(refused) if refused.code() == libc::ENOENT => {
-                let left = seen_by_owner(&mut self.nft)?.remove_tap(&attached.place.tap);
+                let left = reclaim::seen_by_owner(&mut self.nft)?.remove_tap(&attached.place.tap);
                 let mut batch = Batch::new();
                 delete(&mut batch, &left);
                 Ok(self.nft.commit(batch)?)
             }
             other => Ok(other?),
-        }
-    }
-}
-
-impl Count {
-    fn of(seen: &Seen) -> Self {
-        Self {
-            packets: seen.packets,
-            bytes: seen.bytes,
         }
     }
 }
@@ -748,81 +531,4 @@ fn delete(batch: &mut Batch, elements: &Elements) {
     for (table, set, of) in elements {
         batch.delete_elements(*table, set, of);
     }
-}
-
-/// Removes the pins of a policy that is no longer in force; those that went by themselves are gone already.
-fn unpin(nft: &mut Nft, attached: &mut Attached) {
-    for (set, key) in attached.pins.drain(..) {
-        let mut batch = Batch::new();
-        batch.delete_elements(INET, set, &[Element::of(key)]);
-        let _ = nft.commit(batch);
-    }
-}
-
-/// All per-VM elements of the kernel, by the tap's name or by the mark's slot.
-#[derive(Debug, Default)]
-struct SeenByOwner {
-    by_name: BTreeMap<Vec<u8>, Vec<(Table, &'static str, Element)>>,
-    by_slot: BTreeMap<u16, Vec<(Table, &'static str, Element)>>,
-}
-
-impl SeenByOwner {
-    fn remove_tap(&mut self, tap: &TapName) -> Elements {
-        let named = self.by_name.remove(&table::name_key(tap.as_str())).unwrap_or_default();
-        // A bridged tap's slot is known by its gate alone.
-        let gate = named
-            .iter()
-            .find(|(_, set, _)| *set == "vm")
-            .and_then(|(_, _, element)| slot_of(element.data.as_ref()?));
-        let slot = gate.or_else(|| Some(Slot::of_tap(tap.as_str())?.number()));
-        let marked = slot.and_then(|slot| self.by_slot.remove(&slot)).unwrap_or_default();
-        let mut all: Elements = Vec::new();
-        for (table, set, element) in named.into_iter().chain(marked) {
-            match all.iter_mut().find(|(of, name, _)| *of == table && *name == set) {
-                Some((_, _, elements)) => elements.push(element),
-                None => all.push((table, set, vec![element])),
-            }
-        }
-        // The kernel wants an interval's begin, then its end. Where two meet, one ends before the next begins.
-        for (_, _, elements) in &mut all {
-            elements.sort_by(|one, other| (&one.key, !one.is_end).cmp(&(&other.key, !other.is_end)));
-        }
-        all
-    }
-}
-
-/// The slot in a mark's bytes.
-fn slot_of(mark: &[u8]) -> Option<u16> {
-    let mark = crate::netlink::read_u32(mark)?;
-    u16::try_from(mark >> 16).ok()?.checked_sub(1)
-}
-
-fn seen_by_owner(nft: &mut Nft) -> Result<SeenByOwner, Refused> {
-    let mut all = SeenByOwner::default();
-    for (table, set) in SETS {
-        let is_named = set.key.first() == Some(&datatype::IFNAME) && set.name != "bridges";
-        let is_marked = set.key.first() == Some(&datatype::MARK);
-        if !is_named && !is_marked {
-            continue;
-        }
-        for seen in nft.elements(*table, set.name)? {
-            let element = Element {
-                key: seen.key.clone(),
-                data: seen.data,
-                is_end: seen.is_end,
-                timeout: None,
-                expression: None,
-            };
-            let entry = (*table, set.name, element);
-            if is_named {
-                all.by_name
-                    .entry(seen.key[..16.min(seen.key.len())].to_vec())
-                    .or_default()
-                    .push(entry);
-            } else if let Some(slot) = slot_of(&seen.key) {
-                all.by_slot.entry(slot).or_default().push(entry);
-            }
-        }
-    }
-    Ok(all)
 }

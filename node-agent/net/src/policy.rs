@@ -1,5 +1,6 @@
 //! What a VM may reach: the policy as its spec says it, checked. Pure data.
 
+use serde::{Deserialize, Serialize};
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -15,7 +16,7 @@ pub const MAX_SERVICES: usize = 16;
 pub const MAX_RATE: u32 = 100_000_000;
 
 /// `network.mode` of a spec.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Mode {
     /// Nothing at all passes, not even the blade's services.
     #[default]
@@ -27,7 +28,7 @@ pub enum Mode {
 }
 
 /// Protocol of a rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     /// All of them, ports ignored.
     Any,
@@ -40,7 +41,7 @@ pub enum Protocol {
 }
 
 /// Where a rule lets to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Destination {
     /// All addresses of a network.
     Cidr(Cidr),
@@ -49,7 +50,7 @@ pub enum Destination {
 }
 
 /// One line of `network.egress`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Where to.
     pub to: Destination,
@@ -60,7 +61,7 @@ pub struct Rule {
 }
 
 /// A service of the blade that guests may use, at any address of the blade in their namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Service {
     /// Whether it is TCP; UDP otherwise.
     pub is_tcp: bool,
@@ -77,7 +78,7 @@ impl Service {
 }
 
 /// Bounds on what a VM sends. Bursts are as much as one second brings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Packets a second.
     pub packets: u32,
@@ -99,7 +100,7 @@ impl Default for Limits {
 }
 
 /// The policy of one VM.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Policy {
     /// What is allowed at all.
     pub mode: Mode,
@@ -109,6 +110,8 @@ pub struct Policy {
     pub services: Vec<Service>,
     /// How much.
     pub limits: Limits,
+    /// What the spec calls each rule of `egress`, for explanations; empty: their places.
+    pub names: Vec<String>,
 }
 
 /// Why a policy cannot be kept.
@@ -171,6 +174,19 @@ impl Policy {
         }
     }
 
+    /// What the spec calls a rule.
+    #[must_use]
+    pub fn name_of_rule(&self, number: usize) -> String {
+        let name = self.names.get(number);
+        name.map_or_else(|| format!("network.egress[{number}]"), Clone::clone)
+    }
+
+    /// Whether the DNS proxy answers for a name: a rule has it, or all public addresses are open anyway.
+    #[must_use]
+    pub fn resolves(&self, name: &DnsName) -> bool {
+        self.mode == Mode::Open || self.rules_for_name(name).next().is_some()
+    }
+
     /// The rules that a DNS name falls under.
     pub fn rules_for_name<'a>(&'a self, name: &'a DnsName) -> impl Iterator<Item = &'a Rule> {
         let allowed = self.egress.iter().filter(|_| self.mode != Mode::None);
@@ -179,7 +195,8 @@ impl Policy {
 }
 
 /// A network: `address/length`, host bits zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Cidr {
     address: IpAddr,
     length: u8,
@@ -254,6 +271,20 @@ impl FromStr for Cidr {
     }
 }
 
+impl TryFrom<String> for Cidr {
+    type Error = CidrError;
+
+    fn try_from(text: String) -> Result<Self, CidrError> {
+        text.parse()
+    }
+}
+
+impl From<Cidr> for String {
+    fn from(one: Cidr) -> Self {
+        one.to_string()
+    }
+}
+
 impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.address, self.length)
@@ -261,7 +292,8 @@ impl fmt::Display for Cidr {
 }
 
 /// A DNS name in lower case without the root's dot, or `*.` and a name for all names below it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct DnsName(String);
 
 /// A text that is no DNS name.
@@ -306,6 +338,20 @@ impl FromStr for DnsName {
         } else {
             Err(DnsNameError { text: text.to_owned() })
         }
+    }
+}
+
+impl TryFrom<String> for DnsName {
+    type Error = DnsNameError;
+
+    fn try_from(text: String) -> Result<Self, DnsNameError> {
+        text.parse()
+    }
+}
+
+impl From<DnsName> for String {
+    fn from(one: DnsName) -> Self {
+        one.to_string()
     }
 }
 

@@ -49,7 +49,6 @@ fn listed(netns: &Path) -> String {
         "source4",
         "source6",
         "neighbor6",
-        "ports",
         "open",
         "live",
         "services",
@@ -62,13 +61,17 @@ fn listed(netns: &Path) -> String {
         "limited",
         "denied",
     ];
-    let maps = ["vm", "inward4", "inward6", "outward4", "outward6", "egress4", "egress6"];
-    let mut elements = String::new();
-    for (kind, name) in sets
+    let maps = ["vm", "inward4", "inward6", "outward4", "outward6"];
+    // Of the shards, those that these tests' slots are in.
+    let shards = (0..8).flat_map(|shard| {
+        [("set", "ports"), ("map", "egress4"), ("map", "egress6")].map(|(kind, name)| (kind, format!("{name}_{shard}")))
+    });
+    let plain = sets
         .map(|name| ("set", name))
         .into_iter()
-        .chain(maps.map(|name| ("map", name)))
-    {
+        .chain(maps.map(|name| ("map", name)));
+    let mut elements = String::new();
+    for (kind, name) in plain.map(|(kind, name)| (kind, name.to_owned())).chain(shards) {
         let of = json(netns, &format!("nft -j list {kind} inet far {name}"));
         elements += &of["nftables"][1][kind]["elem"].to_string();
     }

@@ -5,7 +5,7 @@ use crate::netlink::Attributes;
 /// First of the sixteen registers of four bytes (NFT_REG32_00).
 pub(crate) const R0: u32 = 8;
 /// The verdict's register.
-const VERDICT: u32 = 0;
+pub(crate) const VERDICT: u32 = 0;
 
 /// What `meta` loads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -4,7 +4,9 @@
 
 pub(crate) mod expression;
 
-use crate::netlink::{APPEND, Attributes, CREATE, DUMP, Messages, Protocol, Refused, Socket, attribute, attributes};
+use crate::netlink::{
+    APPEND, Attributes, CREATE, DUMP, Messages, Protocol, Refused, Socket, attribute, attributes, read_text,
+};
 use expression::Expression;
 
 const SUBSYSTEM: u16 = 10 << 8;
@@ -82,6 +84,8 @@ pub(crate) mod datatype {
     pub(crate) const PORT: u32 = 13;
     pub(crate) const MARK: u32 = 19;
     pub(crate) const IFNAME: u32 = 41;
+    /// NFT_DATA_VERDICT: a map's values are where to go on.
+    pub(crate) const VERDICT: u32 = 0xffff_ff00;
 
     /// Type of a concatenation.
     pub(crate) fn concat(types: &[u32]) -> u32 {
@@ -151,6 +155,10 @@ pub(crate) struct Element {
     /// Milliseconds until it goes by itself.
     pub(crate) timeout: Option<u64>,
     pub(crate) expression: Option<Expression>,
+    /// A map's value: the chain to jump to.
+    pub(crate) jump: Option<&'static str>,
+    /// Kept by the kernel, and shown by `nft`.
+    pub(crate) comment: Option<String>,
 }
 
 impl Element {
@@ -161,6 +169,8 @@ impl Element {
             is_end: false,
             timeout: None,
             expression: None,
+            jump: None,
+            comment: None,
         }
     }
 
@@ -194,13 +204,41 @@ impl Element {
                     value.put(1, data);
                 });
             }
+            if let Some(chain) = self.jump {
+                // NFT_JUMP.
+                element.nest(2, |value| {
+                    value.nest(2, |verdict| {
+                        verdict.be32(1, (-3_i32).cast_unsigned()).text(2, chain);
+                    });
+                });
+            }
             if let Some(timeout) = self.timeout {
                 element.be64(4, timeout);
+            }
+            if let Some(comment) = &self.comment {
+                element.put(6, &comment_bytes(comment));
             }
             if let Some(expression) = &self.expression {
                 element.nest(7, |nest| expression.write(nest));
             }
         });
+    }
+}
+
+/// Longest comment: user data of 256 bytes, less kind, length and the closing NUL.
+const MAX_COMMENT: usize = 253;
+
+/// As `nft` writes it (NFTNL_UDATA_SET_ELEM_COMMENT, NFTNL_UDATA_TABLE_COMMENT): kind, length, text with its NUL.
+fn comment_bytes(text: &str) -> Vec<u8> {
+    let text = &text.as_bytes()[..text.len().min(MAX_COMMENT)];
+    let length = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
+    [&[0, length], text, &[0]].concat()
+}
+
+fn comment_of(user_data: &[u8]) -> Option<String> {
+    match user_data {
+        [0, _, text @ ..] => Some(read_text(text).to_owned()),
+        _ => None,
     }
 }
 
@@ -234,8 +272,16 @@ impl Batch {
     }
 
     pub(crate) fn table(&mut self, table: Table) {
+        self.table_with(table, 0, "");
+    }
+
+    /// A table with flags and a comment.
+    pub(crate) fn table_with(&mut self, table: Table, flags: u32, comment: &str) {
         self.add(format!("making table {}", table.name), NEW_TABLE, CREATE, table, |to| {
-            to.text(1, table.name).be32(2, 0);
+            to.text(1, table.name).be32(2, flags);
+            if !comment.is_empty() {
+                to.put(6, &comment_bytes(comment));
+            }
         });
     }
 
@@ -333,15 +379,21 @@ impl Nft {
         self.socket.do_all(messages, true)
     }
 
-    pub(crate) fn has_table(&mut self, table: Table) -> Result<bool, Refused> {
+    /// The comment of a table; `None` if there is no such table.
+    pub(crate) fn table_comment(&mut self, table: Table) -> Result<Option<String>, Refused> {
         let mut question = Messages::default();
         let what = format!("looking for table {}", table.name);
         question.add(what, GET_TABLE, 0, &fixed(table.family.number(), 0), |to| {
             to.text(1, table.name);
         });
-        match self.socket.ask(question, |_, _| {}) {
-            Ok(()) => Ok(true),
-            Err(refused) if refused.code() == libc::ENOENT => Ok(false),
+        let mut comment = String::new();
+        let told = self.socket.ask(question, |_, body| {
+            let of = body.get(4..).and_then(|rest| attribute(rest, 6));
+            comment = of.and_then(comment_of).unwrap_or_default();
+        });
+        match told {
+            Ok(()) => Ok(Some(comment)),
+            Err(refused) if refused.code() == libc::ENOENT => Ok(None),
             Err(refused) => Err(refused),
         }
     }
@@ -385,6 +437,7 @@ pub(crate) struct Seen {
     pub(crate) data: Option<Vec<u8>>,
     pub(crate) is_end: bool,
     pub(crate) has_timeout: bool,
+    pub(crate) comment: Option<String>,
     /// Of a counter.
     pub(crate) bytes: u64,
     pub(crate) packets: u64,
@@ -409,6 +462,7 @@ impl Seen {
             data: value(2),
             is_end: attribute(element, 3).is_some_and(|flags| flags.last() == Some(&1)),
             has_timeout: attribute(element, 4).is_some(),
+            comment: attribute(element, 6).and_then(comment_of),
             bytes: number(1).unwrap_or(0),
             packets: number(2).unwrap_or(0),
         })
