@@ -28,12 +28,13 @@ use crate::{
     },
     fence::Fence,
     guests::Guests,
-    host::{ImageFault, Images, ReadyImage, VmHost, VmPlan},
+    host::{ImageFault, Images, PrepareError, ReadyImage, VmHost, VmPlan},
     ledger::Ledger,
     log_sink::{LogSignal, LogSink},
     logs::read_tail,
     metrics::Metrics,
     names::{AttemptKey, VmId},
+    nics::Nics,
     outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
     record::{EndReason, ExitReport, Fact, Misfit, Record, Resources, Spawn, StopOrder, UnixMs},
     spec::{Identity, Spec},
@@ -92,6 +93,8 @@ pub struct Blade {
     pub host: Arc<dyn VmHost>,
     /// Images.
     pub images: Arc<dyn Images>,
+    /// Networks of the VMs.
+    pub nics: Arc<Nics>,
     /// Guests that run, and their connections.
     pub guests: Guests,
     /// Numbers for Prometheus.
@@ -282,13 +285,13 @@ impl AgentTask {
             let _ = send.send(prepare_blocking(&blade, vm, &spec));
         }));
         match self.while_answering(result).await? {
-            Ok(Ok((plan, image_digest, launch, resources))) => {
+            Ok(Ok((plan, image_digest, launch, resources, notice))) => {
                 let spawn = Spawn {
                     at: self.blade.clock.now(),
                     boot_id: self.blade.boot_id.clone(),
                 };
                 let message = if resources.nic {
-                    String::new()
+                    notice
                 } else {
                     resources.no_nic_reason.clone()
                 };
@@ -811,7 +814,7 @@ async fn next_dialled(listener: &mut Option<Listener>) -> Option<Dialled> {
     }
 }
 
-type Prepared = (VmPlan, String, delivery::Launch, Resources);
+type Prepared = (VmPlan, String, delivery::Launch, Resources, String);
 
 /// Everything before the spawn that takes time: image, program, folder.
 fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Forced> {
@@ -822,13 +825,17 @@ fn prepare_blocking(blade: &Blade, vm: VmId, spec: &Spec) -> Result<Prepared, Fo
         rootfs: image.rootfs,
         vcpus: spec.vcpus(),
         memory_mib: spec.memory_mib,
+        network: spec.network.clone(),
     };
-    let prepared = blade
-        .host
-        .prepare(&plan)
-        .map_err(|error| refused(EndReason::Error, error.to_string()))?;
+    let prepared = blade.host.prepare(&plan).map_err(|error| {
+        let reason = match error {
+            PrepareError::Files(_) => EndReason::Error,
+            PrepareError::Network(_) => EndReason::NetworkError,
+        };
+        refused(reason, error.to_string())
+    })?;
     launch.nic = prepared.nic;
-    Ok((plan, image.digest, launch, prepared.resources))
+    Ok((plan, image.digest, launch, prepared.resources, prepared.notice))
 }
 
 /// Image and program. Blocking.

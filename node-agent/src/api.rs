@@ -4,6 +4,7 @@
 
 mod inside;
 mod logs;
+mod network;
 
 use crate::{
     agent::claim::NotClaimed,
@@ -20,6 +21,7 @@ use crate::{
 use far_proto::node::{
     self as proto, AgentState, Event,
     inside_server::InsideServer,
+    network_server::NetworkServer,
     node_server::{Node, NodeServer},
 };
 use futures::{StreamExt, stream::BoxStream};
@@ -63,6 +65,12 @@ impl NodeApi {
     #[must_use]
     pub fn into_inside_server(self) -> InsideServer<Self> {
         InsideServer::new(self).max_decoding_message_size(MAX_REQUEST)
+    }
+
+    /// What agents may reach, for the same listener.
+    #[must_use]
+    pub fn into_network_server(self) -> NetworkServer<Self> {
+        NetworkServer::new(self)
     }
 
     fn board(&self) -> &Board {

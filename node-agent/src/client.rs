@@ -1,6 +1,6 @@
 //! A client of the node API over the blade's Unix socket, for `far` and for tests.
 
-use far_proto::node::{inside_client::InsideClient, node_client::NodeClient};
+use far_proto::node::{inside_client::InsideClient, network_client::NetworkClient, node_client::NodeClient};
 use hyper_util::rt::TokioIo;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
@@ -23,6 +23,14 @@ pub struct ConnectError {
 pub async fn connect_inside_unix(socket: &Path) -> Result<InsideClient<Channel>, ConnectError> {
     let channel = channel(socket).await?;
     Ok(InsideClient::new(channel).max_decoding_message_size(16 << 20))
+}
+
+/// Connects to what agents may reach at a Unix socket.
+///
+/// # Errors
+/// Nobody listens there.
+pub async fn connect_network_unix(socket: &Path) -> Result<NetworkClient<Channel>, ConnectError> {
+    Ok(NetworkClient::new(channel(socket).await?).max_decoding_message_size(16 << 20))
 }
 
 /// Connects to the node API at a Unix socket (`$FAR_RUN/node.sock`).

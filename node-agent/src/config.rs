@@ -3,7 +3,12 @@
 use crate::names::{is_dns_label, to_dns_label};
 use clap::Parser;
 use far_vmm::additions::Backend;
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 /// Node agent of a blade: runs agents in microVMs.
 ///
@@ -72,6 +77,12 @@ pub struct Args {
     /// auto: a NIC where the machine allows it; none: vsock only
     #[arg(long, env = "FAR_NETWORK", default_value = "auto", value_name = "MODE")]
     network: Network,
+    /// Give guests IPv6 as well as IPv4
+    #[arg(long, env = "FAR_GUEST_IPV6")]
+    guest_ipv6: bool,
+    /// DNS server that guests' questions go to, ADDRESS or ADDRESS:PORT [default: the first of /etc/resolv.conf]
+    #[arg(long, env = "FAR_RESOLVER", value_parser = parse_resolver, value_name = "ADDRESS")]
+    resolver: Option<SocketAddr>,
     /// Which VMM runs the guests
     #[arg(long, env = "FAR_BACKEND", default_value = "auto", value_parser = parse_backend, value_name = "auto|qemu|firecracker")]
     backend: Backend,
@@ -108,6 +119,8 @@ pub struct Config {
     pub reserved_memory_mib: u64,
     pub log_max_bytes: u64,
     pub network: Network,
+    pub guest_ipv6: bool,
+    pub resolver: Option<SocketAddr>,
     pub backend: Backend,
     pub far_vmm: PathBuf,
 }
@@ -220,6 +233,8 @@ impl Args {
             reserved_memory_mib: self.system_reserved_memory >> 20,
             log_max_bytes: self.log_max_bytes,
             network: self.network,
+            guest_ipv6: self.guest_ipv6,
+            resolver: self.resolver,
             backend: self.backend,
             far_vmm: self.far_vmm.map_or_else(|| find_beside("far-vmm"), Ok)?,
         })
@@ -249,6 +264,15 @@ fn parse_resource(text: &str) -> Result<(String, u32), String> {
     }
     let count = count.parse().map_err(|_| format!("{count:?} is no whole number"))?;
     Ok((name.to_owned(), count))
+}
+
+fn parse_resolver(text: &str) -> Result<SocketAddr, String> {
+    let with_port = || text.parse::<SocketAddr>().ok();
+    let alone = text.parse::<IpAddr>().ok();
+    alone
+        .map(|address| SocketAddr::new(address, 53))
+        .or_else(with_port)
+        .ok_or_else(|| format!("{text:?} is no address such as 192.0.2.53 or [2001:db8::53]:5353"))
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {

@@ -5,9 +5,9 @@
 
 use crate::{
     files::{make_private_dir, remove_dir, write_atomic},
-    host::{HostError, HostFacts, Prepared, VmHost, VmPlan},
+    host::{HostError, HostFacts, PrepareError, Prepared, VmHost, VmPlan},
     names::VmId,
-    nics::{Attachment, Nics},
+    nics::{Attachment, Nics, NoNic},
     outcome::{MAX_MESSAGE, VmmEnd, clean_text},
     record::Resources,
 };
@@ -58,7 +58,7 @@ pub struct DirectHostOptions {
     /// Which VMM.
     pub backend: Backend,
     /// NICs, or why there are none.
-    pub nics: Nics,
+    pub nics: Arc<Nics>,
     /// The blade's lease, as every far-vmm reads it.
     pub lease_file: PathBuf,
 }
@@ -168,7 +168,7 @@ impl VmHost for DirectHost {
         self.options.vms.join(vm.as_str())
     }
 
-    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError> {
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, PrepareError> {
         let folder = self.folder(&plan.vm);
         let failed = |error: &dyn std::fmt::Display| HostError {
             message: format!(
@@ -179,7 +179,11 @@ impl VmHost for DirectHost {
         };
         remove_dir(&folder).map_err(|error| failed(&error))?;
         make_private_dir(&folder).map_err(|error| failed(&error))?;
-        let attached = self.options.nics.attach(&plan.vm);
+        let attached = match self.options.nics.attach(&plan.vm, &plan.network) {
+            Ok(attached) => Ok(attached),
+            Err(NoNic::Without(why)) => Err(why),
+            Err(NoNic::Failed(why)) => return Err(PrepareError::Network(why)),
+        };
         let config = self.config(plan, attached.as_ref().ok());
         config.check().map_err(|error| failed(&error))?;
         let additions = self.additions(attached.as_ref().ok());
@@ -199,9 +203,13 @@ impl VmHost for DirectHost {
             nic: attached.is_ok(),
             no_nic_reason: attached.as_ref().err().cloned().unwrap_or_default(),
         };
+        let notice = attached
+            .as_ref()
+            .map_or(String::new(), |attachment| attachment.notice.clone());
         Ok(Prepared {
             resources,
             nic: attached.ok().map(|attachment| attachment.nic),
+            notice,
         })
     }
 

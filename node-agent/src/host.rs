@@ -21,6 +21,8 @@ pub struct VmPlan {
     pub vcpus: u32,
     /// Guest memory.
     pub memory_mib: u32,
+    /// What it may reach.
+    pub network: far_net::Policy,
 }
 
 /// What a VM that was prepared will get.
@@ -30,6 +32,19 @@ pub struct Prepared {
     pub resources: Resources,
     /// What the guest is told of its NIC; `None`: none.
     pub nic: Option<Nic>,
+    /// What the spec asks of the network and this blade cannot give now; empty: nothing.
+    pub notice: String,
+}
+
+/// A VM could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// Its files.
+    #[error(transparent)]
+    Files(#[from] HostError),
+    /// Its network: it must not run without.
+    #[error("{0}")]
+    Network(String),
 }
 
 /// A VM could not be started.
@@ -60,8 +75,8 @@ pub trait VmHost: Debug + Send + Sync + 'static {
     /// Makes the VM's folder, in place of what may lie there, and its NIC. Nothing runs yet. Blocking.
     ///
     /// # Errors
-    /// What could not be written. Going without a NIC is no error.
-    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError>;
+    /// What could not be made. Going without a NIC on a blade that has none is no error.
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, PrepareError>;
     /// Spawns the VMM, detached.
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>>;
     /// Completes when the VMM ended, also one that an earlier far-node spawned. Cancel-safe.

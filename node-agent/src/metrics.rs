@@ -86,6 +86,9 @@ pub struct Metrics {
     cpu_millis: IntGauge,
     processes: IntGauge,
     pressure: IntGaugeVec,
+    slots: IntGaugeVec,
+    network_packets: IntCounterVec,
+    network_bytes: IntCounterVec,
     pub(crate) heartbeats: IntCounter,
     pub(crate) connections: IntCounter,
     pub(crate) violations: IntCounter,
@@ -101,6 +104,13 @@ impl Default for Metrics {
             registered(&registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
         };
         let counter = |name: &str, help: &str| registered(&registry, IntCounter::with_opts(Opts::new(name, help)));
+        // A slot's number is one of a closed set; no agent's name is.
+        let by_slot = |name: &str, help: &str| {
+            registered(
+                &registry,
+                IntCounterVec::new(Opts::new(name, help), &["slot", "verdict"]),
+            )
+        };
         let bytes = registered(
             &registry,
             IntCounterVec::new(
@@ -151,6 +161,15 @@ impl Default for Metrics {
                 "far_node_guest_pressure_max",
                 "Highest share of the last 10 s in which some tasks of a payload waited, hundredths of a percent",
                 "resource",
+            ),
+            slots: gauges("far_node_network_slots", "Network slots of this blade", "state"),
+            network_packets: by_slot(
+                "far_node_network_packets_total",
+                "Packets of the microVM on a slot, by what became of them; anew with each microVM",
+            ),
+            network_bytes: by_slot(
+                "far_node_network_bytes_total",
+                "Bytes of the microVM on a slot, by what became of them; anew with each microVM",
             ),
             heartbeats: counter("far_node_heartbeats_total", "Heartbeats of guests"),
             connections: counter(
@@ -240,6 +259,35 @@ impl Metrics {
         self.processes.set(whole(processes));
         for (label, highest) in ["cpu", "memory", "io"].into_iter().zip(pressure) {
             self.pressure.with_label_values(&[label]).set(i64::from(highest));
+        }
+        self.sum_network(blade);
+    }
+
+    /// As the kernel counts now.
+    fn sum_network(&self, blade: &Blade) {
+        let Some(open) = blade.nics.now() else { return };
+        let (taken, all) = open.network.use_of_slots();
+        self.slots.with_label_values(&["taken"]).set(whole(taken as u64));
+        self.slots.with_label_values(&["free"]).set(whole((all - taken) as u64));
+        let counters = match open.network.all_counters() {
+            Ok(counters) => counters,
+            Err(error) => return tracing::warn!(%error, "the network's counters cannot be read"),
+        };
+        self.network_packets.reset();
+        self.network_bytes.reset();
+        for (slot, counted) in counters {
+            let slot = slot.number().to_string();
+            for (verdict, count) in [
+                ("sent", counted.sent),
+                ("received", counted.received),
+                ("spoofed", counted.spoofed),
+                ("limited", counted.limited),
+                ("denied", counted.denied),
+            ] {
+                let labels = [slot.as_str(), verdict];
+                self.network_packets.with_label_values(&labels).inc_by(count.packets);
+                self.network_bytes.with_label_values(&labels).inc_by(count.bytes);
+            }
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     files::{make_private_dir, write_atomic},
     host::{Images, VmHost},
     ledger::{Ledger, Loaded},
-    nics::Nics,
+    nics::{Live, NicOptions, Nics},
     remote::Remote,
     store::Store,
     supervisor::Supervisor,
@@ -58,8 +58,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     } = opened;
     let socket_path = config.run_dir.join("node.sock");
     let socket = unix_socket::bind(&socket_path).await?;
+    let live = live(&loaded);
     let (supervisor, supervising) = Supervisor::start(blade.clone(), machine.room, loaded).await;
     blade.fence.catch_up(&supervisor).await;
+    // Behind the serving: the kernel's network may be full of what a crash left.
+    let (nics, vms) = (blade.nics.clone(), config.run_dir.join("vm"));
+    let opening = tokio::task::spawn_blocking(move || nics.start(&vms, &live));
+    let names = tokio::spawn(blade.nics.clone().serve_names());
     let mut serving = JoinSet::new();
     let (fenced, watching, until) = (blade.clone(), supervisor.clone(), shutdown.clone());
     serving.spawn(async move {
@@ -105,7 +110,26 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     shutdown.cancel();
     while serving.join_next().await.is_some() {}
     supervising.await.context("joining the supervisor")?;
+    opening.await.context("opening the guests' network")?;
+    names.abort();
     ended
+}
+
+/// The VMs that may run, with a NIC each.
+fn live(loaded: &Loaded) -> Vec<Live> {
+    let spawned = loaded
+        .records
+        .iter()
+        .filter(|(record, _)| !record.is_ended() && record.spawn.is_some());
+    let live = spawned.filter_map(|(record, spec)| {
+        Some(Live {
+            vm: record.vm_id.clone(),
+            slot: record.launch.as_ref()?.nic.as_ref()?.slot?,
+            // Without a spec nothing is let: it is the ledger's fault, not the agent's right.
+            policy: spec.as_ref().map(|spec| spec.network.clone()).unwrap_or_default(),
+        })
+    });
+    live.collect()
 }
 
 struct Opened {
@@ -139,8 +163,13 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
     }
     let nics = match config.network {
         Network::None => Nics::none("no NIC: the blade runs with --network none; vsock only"),
-        Network::Auto => Nics::open(),
+        Network::Auto => Nics::new(NicOptions {
+            max_vms: config.max_vms,
+            has_ipv6: config.guest_ipv6,
+            resolver: config.resolver,
+        }),
     };
+    let nics = Arc::new(nics);
     if let Some(lack) = nics.lack() {
         tracing::info!(reason = %lack, "microVMs of this blade have no NIC");
     }
@@ -152,7 +181,7 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         initramfs,
         far_vmm: config.far_vmm.clone(),
         backend: config.backend,
-        nics,
+        nics: nics.clone(),
         lease_file: fence.file().to_owned(),
     };
     let host: Arc<dyn VmHost> = Arc::new(DirectHost::new(options, found));
@@ -180,6 +209,7 @@ fn open(config: &Config, shutdown: CancellationToken) -> Result<Opened> {
         board,
         host,
         images,
+        nics,
         guests: crate::guests::Guests::default(),
         metrics: crate::metrics::Metrics::default(),
         limits,

@@ -132,7 +132,8 @@ async fn serve(
     let incoming = ReceiverStream::new(connections).map(Ok::<_, std::io::Error>);
     let server = tonic::transport::Server::builder()
         .add_service(api.clone().into_server())
-        .add_service(api.into_inside_server())
+        .add_service(api.clone().into_inside_server())
+        .add_service(api.into_network_server())
         .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());
     tokio::select! {
         served = server => served.context("serving the node API"),

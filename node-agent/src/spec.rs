@@ -3,6 +3,8 @@
 //! Invariant: no secret is written outside memory. Values that came from a Secret sit in `Option`s that
 //! [`Spec::without_secrets`] empties, and only its result can be serialised.
 
+mod network;
+
 use crate::names::AttemptKey;
 use far_proto::node as wire;
 use serde::{Deserialize, Serialize};
@@ -48,6 +50,8 @@ pub struct Spec {
     pub working_dir: Option<String>,
     /// Boot, then wait until another attempt claims the VM.
     pub start_on_claim: bool,
+    /// What it may reach.
+    pub network: far_net::Policy,
     /// Size limit of the writable layer, MiB; 0: half of the guest's memory.
     pub scratch_mib: u32,
     /// Empty folders of their own.
@@ -128,6 +132,9 @@ pub struct SpecWithoutSecrets {
     working_dir: Option<String>,
     #[serde(default)]
     start_on_claim: bool,
+    /// Absent in a ledger of a far-node that knew none: nothing.
+    #[serde(default)]
+    network: far_net::Policy,
     #[serde(default)]
     scratch_mib: u32,
     #[serde(default)]
@@ -159,6 +166,7 @@ impl Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
         }
@@ -229,6 +237,7 @@ impl From<SpecWithoutSecrets> for Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
         }
@@ -344,6 +353,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     }
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
+    let network = network::check(spec.network)?;
     check_folders(&spec)?;
     Ok(Spec {
         image: spec.image,
@@ -374,6 +384,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         deadline_s: spec.active_deadline_s,
         working_dir: spec.working_dir,
         start_on_claim: spec.start_on_claim,
+        network,
         scratch_mib: spec.scratch_mib,
         folders: spec
             .folders

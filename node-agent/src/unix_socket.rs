@@ -32,7 +32,8 @@ pub(crate) async fn bind(path: &Path) -> Result<UnixListener> {
 pub(crate) async fn serve(socket: UnixListener, api: NodeApi, shutdown: CancellationToken) -> Result<()> {
     tonic::transport::Server::builder()
         .add_service(api.clone().into_server())
-        .add_service(api.into_inside_server())
+        .add_service(api.clone().into_inside_server())
+        .add_service(api.into_network_server())
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), shutdown.cancelled_owned())
         .await
         .context("serving the node API on the Unix socket")

@@ -80,7 +80,7 @@ pub(crate) fn stream(stream: Stream) -> wire::Stream {
     }
 }
 
-fn identity(identity: &Identity) -> wire::Identity {
+pub(crate) fn identity(identity: &Identity) -> wire::Identity {
     wire::Identity {
         uid: identity.key.uid.clone(),
         attempt: identity.key.attempt,

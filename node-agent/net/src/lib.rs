@@ -29,6 +29,7 @@ mod pool;
 mod slot;
 mod sys;
 mod table;
+mod trace;
 pub mod uplink;
 
 pub use bridge::{BridgeWatch, TapEvent};
@@ -38,8 +39,9 @@ pub use netlink::Refused;
 pub use netns::{GuestNetns, NetError};
 pub use network::{Count, Counters, Network, NetworkError, Options, Proven, Reclaimed, Step};
 pub use policy::{
-    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_RATE, MAX_RULES, MAX_SERVICES, Mode, Policy,
-    PolicyError, Protocol, Rule, Service, is_never, is_private,
+    Cidr, CidrError, Destination, DnsName, DnsNameError, Limits, MAX_DESTINATIONS, MAX_RATE, MAX_RULES, MAX_SERVICES,
+    Mode, Policy, PolicyError, Protocol, Rule, Service, is_never, is_private,
 };
 pub use pool::{Lease, Pool};
 pub use slot::{GATEWAY, GATEWAY6, GUEST, GUEST_PREFIX, Guest, MAX_SLOTS, Place, Slot, TapName, TapNameError, Wiring};
+pub use trace::{Trace, Traced};

@@ -240,6 +240,23 @@ impl GuestNetns {
     }
 }
 
+/// Whether interfaces of the calling thread's namespace have IPv6 at all. Without it a tap that comes up has nothing to say,
+/// and one that goes down leaves no routes behind that the kernel looks for among those of all others.
+pub(crate) fn set_ipv6(is_on: bool) -> Result<(), NetError> {
+    for interfaces in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{interfaces}/disable_ipv6");
+        match fs::write(path, if is_on { "0" } else { "1" }) {
+            // The blade's kernel has none.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => other.map_err(|source| NetError::Namespace {
+                operation: "setting IPv6 in",
+                source,
+            })?,
+        }
+    }
+    Ok(())
+}
+
 /// Lets packets pass between interfaces of the calling thread's namespace. Return paths are not checked by the kernel:
 /// guests' sources are checked by address, MAC and tap before, and have no route of their own.
 pub(crate) fn enable_forwarding(has_ipv6: bool) -> Result<(), NetError> {

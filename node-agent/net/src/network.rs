@@ -148,6 +148,7 @@ impl Network {
     /// # Errors
     /// The kernel has no nf_tables, or this process may not.
     pub fn open(netns: GuestNetns, options: Options) -> Result<Self, NetworkError> {
+        netns.run_inside(|| crate::netns::set_ipv6(options.has_ipv6))??;
         let state = netns.run_inside(|| Self::state(options))??;
         Ok(Self {
             netns: Some(netns),
@@ -427,6 +428,14 @@ impl Network {
             .values()
             .map(|attached| (attached.place.clone(), attached.policy.clone()))
             .collect()
+    }
+
+    /// Who is on a slot under which policy.
+    #[must_use]
+    pub fn of_slot(&self, slot: Slot) -> Option<(Place, Policy)> {
+        let state = self.lock();
+        let attached = state.attached.get(&slot.number())?;
+        Some((attached.place.clone(), attached.policy.clone()))
     }
 
     /// Slots taken and slots there are.

@@ -2,14 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::RangeInclusive,
     str::FromStr,
 };
 
-/// Egress rules of one VM. Each may cut another's network in two, and all pieces must have a number below 250.
-pub const MAX_RULES: usize = 64;
+/// Networks and names of one VM. Each may cut another's network in two, and all pieces must have a number below 250.
+pub const MAX_DESTINATIONS: usize = 64;
+/// Rules of one VM: sixteen protocols and ports for each network or name.
+pub const MAX_RULES: usize = 1024;
 /// Services of the blade that one VM may use.
 pub const MAX_SERVICES: usize = 16;
 /// Packets or connections a second: the kernel counts a limit in whole nanoseconds per packet.
@@ -41,7 +44,7 @@ pub enum Protocol {
 }
 
 /// Where a rule lets to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Destination {
     /// All addresses of a network.
     Cidr(Cidr),
@@ -118,9 +121,15 @@ pub struct Policy {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
     /// More rules than a VM may have.
-    #[error("network.egress has {count} rules, at most {MAX_RULES} are possible: join networks or ports")]
+    #[error("network.egress has {count} rules, at most {MAX_RULES} are possible: join ports")]
     TooManyRules {
         /// How many there are.
+        count: usize,
+    },
+    /// More networks and names than a VM may have.
+    #[error("network.egress has {count} networks and names, at most {MAX_DESTINATIONS} are possible: join networks")]
+    TooManyDestinations {
+        /// How many different ones there are.
         count: usize,
     },
     /// More services than a VM may have.
@@ -153,6 +162,12 @@ impl Policy {
         if self.egress.len() > MAX_RULES {
             return Err(PolicyError::TooManyRules {
                 count: self.egress.len(),
+            });
+        }
+        let destinations: BTreeSet<&Destination> = self.egress.iter().map(|rule| &rule.to).collect();
+        if destinations.len() > MAX_DESTINATIONS {
+            return Err(PolicyError::TooManyDestinations {
+                count: destinations.len(),
             });
         }
         if self.services.len() > MAX_SERVICES {
@@ -452,8 +467,14 @@ mod tests {
         };
         policy.egress[3] = empty;
         assert!(policy.check().unwrap_err().to_string().contains("egress[3]"));
-        policy.egress.push(rule);
-        assert_eq!(policy.check(), Err(PolicyError::TooManyRules { count: 65 }));
+        policy.egress.push(rule.clone());
+        assert_eq!(policy.check(), Err(PolicyError::TooManyRules { count: 1025 }));
+        let hosts = (0_u8..65).map(|last| Rule {
+            to: Destination::Cidr(Cidr::host(Ipv4Addr::new(192, 0, 2, last).into())),
+            ..rule.clone()
+        });
+        policy.egress = hosts.collect();
+        assert_eq!(policy.check(), Err(PolicyError::TooManyDestinations { count: 65 }));
     }
 
     #[test]

@@ -201,9 +201,10 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
             .collect(),
         nic: launch.nic.as_ref().map(|nic| guest::Nic {
             mac: nic.mac.to_vec(),
-            addresses: vec![nic.address.clone()],
-            // The namespace has no uplink: nothing lies behind the host's end.
-            ..guest::Nic::default()
+            addresses: nic.addresses.clone(),
+            gateways: nic.gateways.clone(),
+            name_servers: nic.name_servers.clone(),
+            mtu: nic.mtu,
         }),
         ..Config::default()
     };

@@ -5,7 +5,8 @@ use crate::{
     board::{Board, Entry},
     clock::Clock,
     host::{
-        HostError, HostFacts, ImageFault, ImageSettings, Images, Prepared, ReadyImage, StoredImage, VmHost, VmPlan,
+        HostError, HostFacts, ImageFault, ImageSettings, Images, PrepareError, Prepared, ReadyImage, StoredImage,
+        VmHost, VmPlan,
     },
     ledger::Ledger,
     logs::LogReader,
@@ -94,7 +95,7 @@ impl VmHost for FakeHost {
         self.folder.join(vm.as_str())
     }
 
-    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, HostError> {
+    fn prepare(&self, plan: &VmPlan) -> Result<Prepared, PrepareError> {
         fs::create_dir_all(self.folder(&plan.vm)).map_err(|error| HostError {
             message: error.to_string(),
         })?;
@@ -103,7 +104,11 @@ impl VmHost for FakeHost {
             memory_mib: plan.memory_mib,
             ..Resources::default()
         };
-        Ok(Prepared { resources, nic: None })
+        Ok(Prepared {
+            resources,
+            nic: None,
+            notice: String::new(),
+        })
     }
 
     fn boot<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), HostError>> {
@@ -230,6 +235,7 @@ impl World {
             board: Board::open(&self.dir.path().join("seq")).unwrap(),
             host: self.host.clone(),
             images: Arc::new(FakeImages),
+            nics: Arc::new(crate::nics::Nics::none("no NICs in stories")),
             guests: crate::guests::Guests::default(),
             metrics: crate::metrics::Metrics::default(),
             limits: Limits {

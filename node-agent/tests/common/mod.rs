@@ -2,10 +2,11 @@
 // Each test program compiles this file for itself and uses a part of it.
 #![allow(dead_code)]
 
-use far_node::client::{connect_inside_unix, connect_unix};
+use far_node::client::{connect_inside_unix, connect_network_unix, connect_unix};
 use far_proto::node::{
-    AgentSpec, AgentState, EnsureAgentRequest, Identity, ListAgentsRequest, LoadImageRequest, LogChunk, LogsRequest,
-    WatchEventsRequest, inside_client::InsideClient, node_client::NodeClient,
+    AgentSpec, AgentState, CopyEntry, CopyInRequest, CopyInStart, CopyKind, EnsureAgentRequest, Identity,
+    ListAgentsRequest, LoadImageRequest, LogChunk, LogsRequest, Piece, WatchEventsRequest, copy_in_request,
+    inside_client::InsideClient, network_client::NetworkClient, node_client::NodeClient,
 };
 use futures::StreamExt;
 use std::{
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     args: Vec<String>,
     process: Child,
     client: NodeClient<Channel>,
+    /// The namespace that is its blade's; `None`: this process's own.
+    netns: Option<PathBuf>,
 }
 
 /// The request for an agent whose uid and name are `uid`.
@@ -101,14 +104,19 @@ impl Node {
 
     /// On a blade whose kernel says this boot id, as [`Self::set_boot_id`] may change it for the next start.
     pub(crate) async fn start_booted_as(test: &str, boot_id: &str) -> Option<Self> {
-        Self::start_on(test, &[], Some(boot_id)).await
+        Self::start_on(test, &[], Some(boot_id), None).await
     }
 
     pub(crate) async fn start_with(test: &str, more: &[&str]) -> Option<Self> {
-        Self::start_on(test, more, None).await
+        Self::start_on(test, more, None, None).await
     }
 
-    async fn start_on(test: &str, more: &[&str], boot_id: Option<&str>) -> Option<Self> {
+    /// On a blade whose network is a namespace of the test.
+    pub(crate) async fn start_in(test: &str, more: &[&str], netns: Option<PathBuf>) -> Option<Self> {
+        Self::start_on(test, more, None, netns).await
+    }
+
+    async fn start_on(test: &str, more: &[&str], boot_id: Option<&str>, netns: Option<PathBuf>) -> Option<Self> {
         if let Some(missing) = missing() {
             eprintln!("SKIPPED {test}: {missing}");
             return None;
@@ -143,13 +151,14 @@ impl Node {
         if let Some(boot_id) = boot_id {
             fs::write(dir.path().join("boot_id"), format!("{boot_id}\n")).unwrap();
         }
-        let process = spawn(&args, dir.path());
+        let process = spawn(&args, dir.path(), netns.as_deref());
         let client = connect(dir.path()).await;
         Some(Self {
             dir,
             args,
             process,
             client,
+            netns,
         })
     }
 
@@ -160,6 +169,12 @@ impl Node {
     /// A client for what people do inside agents.
     pub(crate) async fn inside(&self) -> InsideClient<Channel> {
         connect_inside_unix(&self.at("run/node.sock")).await.unwrap()
+    }
+
+    /// A client for what agents may reach.
+    #[allow(dead_code)] // As above.
+    pub(crate) async fn network(&self) -> NetworkClient<Channel> {
+        connect_network_unix(&self.at("run/node.sock")).await.unwrap()
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -179,7 +194,7 @@ impl Node {
 
     pub(crate) async fn restart(&mut self) {
         let _ = fs::remove_file(self.at("ready"));
-        self.process = spawn(&self.args, self.dir.path());
+        self.process = spawn(&self.args, self.dir.path(), self.netns.as_deref());
         self.client = connect(self.dir.path()).await;
     }
 
@@ -363,19 +378,57 @@ impl Node {
 
     /// Follows until the output has this text.
     pub(crate) async fn until_output(&mut self, uid: &str, text: &str) {
+        self.until_claim(uid, |seen| seen.contains(text)).await;
+    }
+
+    /// Follows until the output fulfils a claim.
+    pub(crate) async fn until_claim(&mut self, uid: &str, claim: impl Fn(&str) -> bool) {
         let mut seen = String::new();
         let mut chunks = self.chunks(uid, true).await;
         let wait = async {
-            while !seen.contains(text) {
+            while !claim(&seen) {
                 match chunks.next().await {
                     Some(chunk) => seen += &String::from_utf8_lossy(&chunk.unwrap().data),
-                    None => panic!("the output ended without {text:?}: {seen:?}"),
+                    None => panic!("the output ended without what was to come: {seen:?}"),
                 }
             }
         };
         tokio::time::timeout(LIMIT, wait)
             .await
-            .unwrap_or_else(|_| panic!("no {text:?} came\n{}", self.report()));
+            .unwrap_or_else(|_| panic!("what was to be put out did not come\n{}", self.report()));
+    }
+
+    /// Writes a file inside an agent.
+    #[allow(dead_code)] // As above.
+    pub(crate) async fn write(&self, uid: &str, path: &str, data: &[u8]) {
+        use copy_in_request::Kind;
+        let identity = Some(Identity {
+            uid: uid.into(),
+            ..Identity::default()
+        });
+        let entry = |kind: CopyKind| CopyEntry {
+            kind: kind.into(),
+            mode: 0o644,
+            ..CopyEntry::default()
+        };
+        let start = CopyInStart {
+            identity,
+            path: path.into(),
+            ..CopyInStart::default()
+        };
+        let piece = Piece {
+            data: data.to_vec(),
+            last: true,
+        };
+        let kinds = [
+            Kind::Start(start),
+            Kind::Entry(entry(CopyKind::File)),
+            Kind::Data(piece),
+            Kind::Entry(entry(CopyKind::End)),
+        ];
+        let requests = kinds.map(|kind| CopyInRequest { kind: Some(kind) });
+        let copied = self.inside().await.copy_in(tokio_stream::iter(requests)).await;
+        copied.unwrap_or_else(|refused| panic!("writing {path} into {uid}: {refused}\n{}", self.report()));
     }
 
     /// Neither processes nor files of this VM are there any more.
@@ -424,10 +477,20 @@ impl Node {
         assert!(sent.unwrap().success());
     }
 
+    async fn vmm_status(&self, vm_id: &str) -> far_vmm::control::Status {
+        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
+        far_vmm::control::AsyncClient::new(socket).status().await.unwrap()
+    }
+
+    /// Process id of a VM's VMM.
+    #[allow(dead_code)] // As above.
+    pub(crate) async fn pid_of_vmm(&self, vm_id: &str) -> i32 {
+        self.vmm_status(vm_id).await.vmm_pid.expect("the VMM runs")
+    }
+
     /// Kills one of the VM's processes.
     pub(crate) async fn kill_part(&self, vm_id: &str, victim: Victim) {
-        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
-        let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();
+        let status = self.vmm_status(vm_id).await;
         let pid = match victim {
             Victim::Vmm => status.vmm_pid.expect("the VMM runs"),
             Victim::FarVmm => status.pid,
@@ -500,7 +563,7 @@ impl Drop for Node {
     }
 }
 
-fn spawn(args: &[String], dir: &Path) -> Child {
+fn spawn(args: &[String], dir: &Path, netns: Option<&Path>) -> Child {
     let log = fs::File::options()
         .create(true)
         .append(true)
@@ -513,6 +576,11 @@ fn spawn(args: &[String], dir: &Path) -> Child {
         let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
         command.args(["-m", "--propagation", "private", "sh", "-c", script]);
         command.arg(boot_id).arg(program);
+        command
+    } else if let Some(netns) = netns {
+        // Becomes far-node: the process keeps its id.
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", netns.display())).arg(program);
         command
     } else {
         Command::new(program)

@@ -1,4 +1,6 @@
-//! The steps: a table of verbs. `unsafe` lives here only, for the calls that std does not offer.
+//! The steps: a table of verbs. `unsafe` lives here and in `net` only, for the calls that std does not offer.
+
+mod net;
 
 use crate::vsock;
 use std::{fs, io, io::Write, process, thread, time::Duration};
@@ -58,6 +60,12 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
         "limit" => limit(number(value)?),
         "status" => status(value),
         "orphan" => orphan(number(value)?),
+        "udp" => net::udp(value),
+        "tcp" => net::tcp(value),
+        "keep-asking" => net::keep_asking(value),
+        "resolve" => net::resolve(value),
+        "answer-udp" => net::answer_udp(value),
+        "attack" => net::attack(),
         "power-off" => power_off(),
         "sysrq" => fs::write("/proc/sysrq-trigger", value).map_err(text),
         "eat-memory" => eat_memory(),
@@ -165,7 +173,7 @@ fn ignore(signal: i32) -> Result<(), String> {
 }
 
 /// Looks every few milliseconds until it is so; the test that asked has the time limit.
-fn until(is_so: impl Fn() -> bool) -> Result<(), String> {
+fn until(mut is_so: impl FnMut() -> bool) -> Result<(), String> {
     while !is_so() {
         run("sleep", "5")?;
     }

@@ -43,6 +43,14 @@ pub(crate) enum Expression {
     SetMark {
         from: u32,
     },
+    /// From here on the kernel tells what becomes of the packet.
+    SetTrace {
+        from: u32,
+    },
+    Immediate {
+        value: u8,
+        to: u32,
+    },
     Payload {
         base: Base,
         offset: u32,
@@ -112,13 +120,13 @@ impl Expression {
 
     fn name(&self) -> &'static str {
         match self {
-            Self::Meta { .. } | Self::SetMark { .. } => "meta",
+            Self::Meta { .. } | Self::SetMark { .. } | Self::SetTrace { .. } => "meta",
             Self::Payload { .. } | Self::Rewrite { .. } => "payload",
             Self::Compare { .. } => "cmp",
             Self::Mask { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
             Self::CtState { .. } | Self::CtDirection { .. } | Self::CtMark { .. } | Self::SetCtMark { .. } => "ct",
-            Self::Verdict(_) => "immediate",
+            Self::Verdict(_) | Self::Immediate { .. } => "immediate",
             Self::Masquerade => "masq",
             Self::Counter { .. } => "counter",
             Self::Limit { .. } => "limit",
@@ -130,6 +138,11 @@ impl Expression {
         match self {
             Self::Meta { key, to } => data.be32(1, *to).be32(2, *key as u32),
             Self::SetMark { from } => data.be32(2, Meta::Mark as u32).be32(3, *from),
+            // NFT_META_NFTRACE.
+            Self::SetTrace { from } => data.be32(2, 12).be32(3, *from),
+            Self::Immediate { value, to } => data.be32(1, *to).nest(2, |nest| {
+                nest.put(1, &[*value]);
+            }),
             Self::Payload {
                 base,
                 offset,

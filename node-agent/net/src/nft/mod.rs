@@ -366,9 +366,19 @@ pub(crate) struct Nft {
 impl Nft {
     /// In the calling thread's namespace.
     pub(crate) fn open() -> Result<Self, Refused> {
+        Self::open_for(0)
+    }
+
+    /// The same, told of the events of these groups.
+    pub(crate) fn open_for(groups: u32) -> Result<Self, Refused> {
         Ok(Self {
-            socket: Socket::open(Protocol::Netfilter, 0)?,
+            socket: Socket::open(Protocol::Netfilter, groups)?,
         })
+    }
+
+    /// The next datagram of events, each handed to `take`; false when there is none within `patience`.
+    pub(crate) fn events(&self, patience: std::time::Duration, take: impl FnMut(u16, &[u8])) -> Result<bool, Refused> {
+        self.socket.events(patience, take)
     }
 
     /// Does all of a batch or nothing; returns when the kernel has acknowledged it.

@@ -190,7 +190,8 @@ fn unclassed() -> Vec<Expression> {
 /// From a routed tap, before connection tracking.
 fn guest() -> Vec<Vec<Expression>> {
     let spoofed = || end(Verdict::Goto("spoofed"));
-    let mut rules = vec![
+    let mut rules = chatter();
+    rules.extend([
         [ipv4(), source4(), vec![look_absent("source4", R0), spoofed()]].concat(),
         [ipv6(), source6(), vec![look_absent("source6", R0), spoofed()]].concat(),
         [vm_of(Meta::InName), vec![Expression::SetMark { from: R0 }]].concat(),
@@ -205,7 +206,7 @@ fn guest() -> Vec<Vec<Expression>> {
             vec![look("packets_over", R0), end(Verdict::Goto("limited"))],
         ]
         .concat(),
-    ];
+    ]);
     rules.extend(neighbor_rules(ipv6()));
     rules.extend([
         [load_mark(), vec![look("sent", R0)]].concat(),
@@ -222,6 +223,26 @@ fn guest() -> Vec<Vec<Expression>> {
         .concat(),
     ]);
     rules
+}
+
+/// What every honest guest's kernel says over IPv6 when its link comes up, and nobody here answers: questions for routers
+/// (133) and for its own address (135 from ::), memberships of groups (143). Neither forged nor denied.
+fn chatter() -> Vec<Vec<Expression>> {
+    let kind = |number: u8| {
+        let of = vec![
+            load(Meta::Protocol, R0),
+            compare(R0, &[58]),
+            payload(Base::Transport, 0, 1, R0),
+        ];
+        [ipv6(), of, vec![compare(R0, &[number])]].concat()
+    };
+    let nobody = vec![payload(Base::Network, 8, 16, R0), compare(R0, &[0; 16])];
+    let drop = || vec![end(Verdict::Drop)];
+    vec![
+        [kind(133), drop()].concat(),
+        [kind(143), drop()].concat(),
+        [kind(135), nobody, drop()].concat(),
+    ]
 }
 
 /// Advertisements of others' addresses, routers' advertisements and redirects are never a guest's to send.
