@@ -93,6 +93,9 @@ pub(crate) enum Command {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Show what agents may reach, and why a packet passes or not
+    #[command(subcommand)]
+    Net(crate::net::NetCommand),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -134,6 +137,9 @@ pub(crate) enum PluginCommand {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
+    /// Show what agents may reach, and why a packet passes or not
+    #[command(subcommand)]
+    Net(crate::net::NetCommand),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade
@@ -425,7 +431,7 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Far::command(), "far", &mut script);
             let script = String::from_utf8(script).unwrap();
-            assert!(script.contains("doctor") && script.contains("apply"), "{shell}");
+            assert!(script.contains("doctor") && script.contains("apply") && script.contains("explain"), "{shell}");
         }
     }
 
@@ -475,6 +481,9 @@ mod tests {
             ("bad time", "far wait a --timeout soon", "--timeout"),
             ("nothing to delete", "far delete", "KIND NAME"),
             ("unknown format", "far get -o xml", "--output"),
+            ("no destination", "far net explain a", "DESTINATION"),
+            ("no port", "far net explain a 10.0.0.1:x", "is no port"),
+            ("unknown protocol", "far net explain a 10.0.0.1 --protocol gre", "--protocol"),
         ] {
             let error = Far::try_parse_from(line.split(' ')).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{why}");

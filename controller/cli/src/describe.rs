@@ -7,8 +7,11 @@ use crate::{
     args::DescribeArgs,
     cluster::{Cluster, escaped},
     exit::Outcome,
+    folders::Folders,
     get::parse_wanted,
-    kinds, output,
+    kinds,
+    logs::Boot,
+    net, output,
     table::{aligned, printable},
 };
 
@@ -17,7 +20,7 @@ const MAX_EVENTS: usize = 50;
 /// Longest line of a text that has several, in characters.
 const MAX_LINE: usize = 160;
 
-pub(crate) async fn describe(cluster: &Cluster, args: &DescribeArgs) -> anyhow::Result<Outcome> {
+pub(crate) async fn describe(cluster: &Cluster, folders: &Folders, args: &DescribeArgs) -> anyhow::Result<Outcome> {
     // A lone name is a FarAgent, which is what most people look at.
     let words = match args.what.as_slice() {
         [name] if !name.contains('/') => vec!["faragent".to_owned(), name.clone()],
@@ -34,6 +37,13 @@ pub(crate) async fn describe(cluster: &Cluster, args: &DescribeArgs) -> anyhow::
             .with_context(|| format!("getting {name}"))?;
         for line in lines(&object) {
             output::line(&line);
+        }
+        // Counted by the blade, so only where it is this machine's.
+        if object["kind"] == "FarAgent"
+            && let Some(boot) = Boot::of(&object)
+        {
+            let network = net::of_agent(folders, boot.identity).await;
+            network.into_iter().flatten().for_each(|line| output::line(&line));
         }
         let uid = object["metadata"]["uid"].as_str().unwrap_or_default();
         // Events of cluster scoped objects are in the default namespace.

@@ -25,6 +25,7 @@ mod image;
 mod inside;
 mod kinds;
 mod logs;
+mod net;
 mod node;
 mod os;
 mod output;
@@ -66,7 +67,7 @@ pub fn far() -> ExitCode {
             }
             Command::Apply(args) => apply::apply(&cluster, &args).await,
             Command::Get(args) => get::get(&cluster, &args).await,
-            Command::Describe(args) => describe::describe(&cluster, &args).await,
+            Command::Describe(args) => describe::describe(&cluster, &folders, &args).await,
             Command::Delete(args) => delete::delete(&cluster, &args).await,
             Command::Wait(args) => wait::wait(&cluster, &args).await,
             Command::Logs(args) => logs::logs(&cluster, &folders, &args).await,
@@ -78,6 +79,7 @@ pub fn far() -> ExitCode {
             Command::Cordon(args) => drain::cordon(&cluster, &args).await,
             Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             Command::Drain(args) => drain::drain(&cluster, &args).await,
+            Command::Net(command) => net::net(&cluster, &folders, &command).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)
@@ -104,6 +106,7 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Cordon(args) => drain::cordon(&cluster, &args).await,
             PluginCommand::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             PluginCommand::Drain(args) => drain::drain(&cluster, &args).await,
+            PluginCommand::Net(command) => net::net(&cluster, &folders, &command).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,

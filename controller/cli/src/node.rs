@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use far_proto::node::{inside_client::InsideClient, node_client::NodeClient};
+use far_proto::node::{inside_client::InsideClient, network_client::NetworkClient, node_client::NodeClient};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -57,6 +57,12 @@ pub(crate) async fn connect(socket: &Path) -> Result<NodeClient<Channel>, NodeEr
 pub(crate) async fn connect_inside(socket: &Path) -> Result<InsideClient<Channel>, NodeError> {
     let channel = channel(socket).await?;
     Ok(InsideClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+}
+
+/// Connects to what the agents of this machine's blade may reach.
+pub(crate) async fn connect_network(socket: &Path) -> Result<NetworkClient<Channel>, NodeError> {
+    let channel = channel(socket).await?;
+    Ok(NetworkClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
 }
 
 async fn channel(socket: &Path) -> Result<Channel, NodeError> {
