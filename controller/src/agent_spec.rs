@@ -1,6 +1,8 @@
 //! `FarAgent.spec` becomes the node API's `AgentSpec`, with Secrets and ConfigMaps resolved. What is missing is named by
 //! field and object. Values of Secrets are marked; neither they nor the result is ever formatted.
 
+mod network;
+
 use std::collections::{BTreeMap, HashMap};
 
 use far_api::{Env, EnvFrom, FarAgent, FileSource, KeyRef, Quantity};
@@ -108,6 +110,7 @@ pub(crate) async fn resolve(
         working_dir: spec.working_dir.clone(),
         scratch_mib,
         folders,
+        network: network::convert(spec.network.as_ref())?,
         ..Default::default()
     })
 }

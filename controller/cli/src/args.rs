@@ -431,7 +431,10 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Far::command(), "far", &mut script);
             let script = String::from_utf8(script).unwrap();
-            assert!(script.contains("doctor") && script.contains("apply") && script.contains("explain"), "{shell}");
+            assert!(
+                script.contains("doctor") && script.contains("apply") && script.contains("explain"),
+                "{shell}"
+            );
         }
     }
 
@@ -483,7 +486,11 @@ mod tests {
             ("unknown format", "far get -o xml", "--output"),
             ("no destination", "far net explain a", "DESTINATION"),
             ("no port", "far net explain a 10.0.0.1:x", "is no port"),
-            ("unknown protocol", "far net explain a 10.0.0.1 --protocol gre", "--protocol"),
+            (
+                "unknown protocol",
+                "far net explain a 10.0.0.1 --protocol gre",
+                "--protocol",
+            ),
         ] {
             let error = Far::try_parse_from(line.split(' ')).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{why}");

@@ -4,8 +4,8 @@ use std::{net::IpAddr, time::Duration};
 
 use anyhow::bail;
 use far_proto::node::{
-    AgentNetwork, BladeNetwork, ExplainRequest, Explanation, Identity, ListNetworksRequest, NetworkCounters, NetworkMode,
-    PacketCount, TraceRequest, TracedPacket, network_client::NetworkClient,
+    AgentNetwork, BladeNetwork, ExplainRequest, Explanation, Identity, ListNetworksRequest, NetworkCounters,
+    NetworkMode, PacketCount, TraceRequest, TracedPacket, network_client::NetworkClient,
 };
 use serde_json::{Value, json};
 use tonic::transport::Channel;
@@ -119,14 +119,21 @@ fn parse_destination(text: &str) -> Result<(String, u16), String> {
     }
     let (host, port) = match text.rsplit_once(':') {
         Some((host, port)) => {
-            let port = port.parse::<u16>().map_err(|_| format!("{port:?} is no port: 0 to 65535"))?;
+            let port = port
+                .parse::<u16>()
+                .map_err(|_| format!("{port:?} is no port: 0 to 65535"))?;
             (host, port)
         }
         None => (text, 0),
     };
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
     if bare.is_empty() || (bare.contains(':') && bare.parse::<IpAddr>().is_err()) {
-        return Err(format!("{text:?} is no address or name with a port, such as 203.0.113.7:443"));
+        return Err(format!(
+            "{text:?} is no address or name with a port, such as 203.0.113.7:443"
+        ));
     }
     Ok((bare.to_owned(), port))
 }
@@ -153,7 +160,9 @@ async fn ls(folders: &Folders, args: &LsArgs) -> anyhow::Result<Outcome> {
         }
         None => {
             if !told.networks.is_empty() {
-                aligned(&rows(&told.networks)).iter().for_each(|line| output::line(line));
+                aligned(&rows(&told.networks))
+                    .iter()
+                    .for_each(|line| output::line(line));
             }
             blade_notes(&blade).iter().for_each(|note| output::note(note));
         }
@@ -241,13 +250,27 @@ fn describe_lines(one: &AgentNetwork) -> Vec<String> {
     let mut lines = vec![
         "Network:".to_owned(),
         format!("  Mode:      {}", mode(one)),
-        format!("  Slot:      {} ({}, {})", one.slot, printable(&one.tap), one.slot_addresses.join(", ")),
+        format!(
+            "  Slot:      {} ({}, {})",
+            one.slot,
+            printable(&one.tap),
+            one.slot_addresses.join(", ")
+        ),
     ];
     for (name, count) in counts(&counters) {
-        lines.push(format!("  {:<10} {} packets, {} bytes", format!("{}:", title(name)), count.packets, count.bytes));
+        lines.push(format!(
+            "  {:<10} {} packets, {} bytes",
+            format!("{}:", title(name)),
+            count.packets,
+            count.bytes
+        ));
     }
     for pin in &one.pinned {
-        lines.push(format!("  Pinned:    {} for {}", printable(&pin.address), printable(&pin.name)));
+        lines.push(format!(
+            "  Pinned:    {} for {}",
+            printable(&pin.address),
+            printable(&pin.name)
+        ));
     }
     lines
 }
@@ -281,7 +304,17 @@ fn mode(one: &AgentNetwork) -> &'static str {
 
 fn rows(agents: &[AgentNetwork]) -> Vec<Vec<String>> {
     let headings = [
-        "NAMESPACE", "NAME", "SLOT", "MODE", "RULES", "PINNED", "SENT", "RECEIVED", "SPOOFED", "LIMITED", "DENIED",
+        "NAMESPACE",
+        "NAME",
+        "SLOT",
+        "MODE",
+        "RULES",
+        "PINNED",
+        "SENT",
+        "RECEIVED",
+        "SPOOFED",
+        "LIMITED",
+        "DENIED",
     ];
     let mut rows = vec![headings.map(str::to_owned).to_vec()];
     for one in agents {
@@ -303,14 +336,20 @@ fn rows(agents: &[AgentNetwork]) -> Vec<Vec<String>> {
 
 fn blade_notes(blade: &BladeNetwork) -> Vec<String> {
     if !blade.lack.is_empty() {
-        return vec![format!("No agent of this blade has a network card: {}.", printable(&blade.lack))];
+        return vec![format!(
+            "No agent of this blade has a network card: {}.",
+            printable(&blade.lack)
+        )];
     }
     let way = match (blade.uplink, blade.uplink_link.as_str()) {
         (false, _) => "no agent needed the way out yet".to_owned(),
         (true, "") => "the blade has no default route".to_owned(),
         (true, link) => format!("out by {}", printable(link)),
     };
-    let mut notes = vec![format!("{} of {} slots are taken; {way}.", blade.slots_taken, blade.slots)];
+    let mut notes = vec![format!(
+        "{} of {} slots are taken; {way}.",
+        blade.slots_taken, blade.slots
+    )];
     if !blade.uplink_lack.is_empty() {
         notes.push(printable(&blade.uplink_lack));
     }
@@ -341,7 +380,10 @@ fn as_json(one: &AgentNetwork) -> Value {
             "lastPort": line.last_port,
         })
     });
-    let pinned = one.pinned.iter().map(|pin| json!({ "address": pin.address, "name": pin.name }));
+    let pinned = one
+        .pinned
+        .iter()
+        .map(|pin| json!({ "address": pin.address, "name": pin.name }));
     let counters = one.counters.unwrap_or_default();
     let counters = counts(&counters).map(|(name, count)| {
         let count = json!({ "packets": count.packets, "bytes": count.bytes });
@@ -364,7 +406,11 @@ fn as_json(one: &AgentNetwork) -> Value {
 }
 
 fn explanation(told: &Explanation) -> Vec<String> {
-    let mut lines: Vec<String> = told.passed_over.iter().map(|line| format!("  - {}", printable(line))).collect();
+    let mut lines: Vec<String> = told
+        .passed_over
+        .iter()
+        .map(|line| format!("  - {}", printable(line)))
+        .collect();
     let verdict = if told.passes { "PASSES" } else { "DROPPED" };
     lines.push(format!("{verdict}: {}", printable(&told.rule)));
     lines
@@ -398,7 +444,11 @@ fn packet_line(packet: &TracedPacket) -> String {
         seconds % 60,
         packet.time_unix_us / 1000 % 1000
     );
-    let port = if packet.port == 0 { String::new() } else { format!(" port {}", packet.port) };
+    let port = if packet.port == 0 {
+        String::new()
+    } else {
+        format!(" port {}", packet.port)
+    };
     format!(
         "{time} {:<7} {} to {}{port}, {} bytes: {} [{}]",
         if packet.passed { "PASSED" } else { "DROPPED" },
@@ -464,7 +514,10 @@ mod tests {
         };
         assert_eq!(
             blade_notes(&stuck),
-            ["2 of 64 slots are taken; out by bond0.", "the blade forwards no packets"]
+            [
+                "2 of 64 slots are taken; out by bond0.",
+                "the blade forwards no packets"
+            ]
         );
     }
 
