@@ -47,39 +47,12 @@ pub enum NetError {
         /// Why.
         source: io::Error,
     },
-    /// A tap could not be removed.
-    #[error("deleting tap {tap}: is its VM still running?")]
-    Delete {
-        /// The tap.
-        tap: TapName,
-        /// Why.
-        source: io::Error,
-    },
 }
 
 /// A network namespace without uplink.
 #[derive(Debug)]
 pub struct GuestNetns {
     file: File,
-}
-
-/// How often a tap that looks held is tried again, and the pause between two tries.
-const BUSY_TRIES: u32 = 100;
-const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
-
-/// Attaches to a tap. Another thread that starts a program holds a copy of every open file from fork until exec, so a tap
-/// that was let go a moment ago may still look held: that passes by itself, a VMM's hold does not.
-fn attach_when_free(tap: &TapName) -> io::Result<std::fs::File> {
-    for _ in 0..BUSY_TRIES {
-        match sys::attach_tap(tap) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            attached => return attached,
-        }
-        // There is no event to wait for: the kernel does not tell when the last copy of a file is closed.
-        #[allow(clippy::disallowed_methods)]
-        std::thread::sleep(BUSY_PAUSE);
-    }
-    sys::attach_tap(tap)
 }
 
 impl GuestNetns {
@@ -119,40 +92,6 @@ impl GuestNetns {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
-    }
-
-    /// Makes the slot's tap with its address, up. A tap that is there already is taken over.
-    ///
-    /// # Errors
-    /// Names the tap and the step; a tap that was made halfway is gone again.
-    pub fn create_tap(&self, slot: Slot) -> Result<TapName, NetError> {
-        let tap = slot.tap();
-        let at = |step| {
-            let tap = tap.clone();
-            move |source: io::Error| NetError::Create { tap, step, source }
-        };
-        self.inside(|| {
-            // Kept only as the last step: until then the tap goes with its file, also on an error.
-            let file = attach_when_free(&tap).map_err(at("making it"))?;
-            sys::set_address(&tap, slot.host_address(), slot.netmask()).map_err(at("setting its address"))?;
-            sys::set_up(&tap).map_err(at("bringing it up"))?;
-            sys::keep_tap(&file, true).map_err(at("keeping it"))
-        })?;
-        Ok(tap)
-    }
-
-    /// Removes a tap; one that is gone already is success.
-    ///
-    /// # Errors
-    /// A VMM still holds it.
-    pub fn delete_tap(&self, tap: &TapName) -> Result<(), NetError> {
-        self.inside(|| {
-            let gone = attach_when_free(tap).and_then(|file| sys::keep_tap(&file, false));
-            gone.map_err(|source| NetError::Delete {
-                tap: tap.clone(),
-                source,
-            })
-        })
     }
 
     /// Makes the slots' taps without addresses, down and kept. Those that are there stay as they are.

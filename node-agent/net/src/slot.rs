@@ -11,8 +11,6 @@ use std::{
 pub const MAX_SLOTS: u16 = 16_384;
 /// First address of the slots' networks: shared address space (RFC 6598), seen only inside the guests' namespace.
 const BASE: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 0);
-/// Each network holds its own address, the host's, the guest's and the broadcast.
-const PREFIX_LENGTH: u8 = 30;
 /// Bytes of an interface's name (netdevice(7): IFNAMSIZ is 16 with the closing NUL).
 const MAX_NAME: usize = 15;
 
@@ -39,19 +37,6 @@ impl Slot {
         TapName(format!("fa{}", self.0))
     }
 
-    /// The guest's MAC: locally administered, unicast, `02:fa:00:00:` + number.
-    #[must_use]
-    pub fn guest_mac(self) -> String {
-        let [high, low] = self.0.to_be_bytes();
-        format!("02:fa:00:00:{high:02x}:{low:02x}")
-    }
-
-    /// Address of the tap.
-    #[must_use]
-    pub fn host_address(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(BASE.to_bits() + u32::from(self.0) * 4 + 1)
-    }
-
     /// Address of the guest.
     #[must_use]
     pub fn guest_address(self) -> Ipv4Addr {
@@ -76,16 +61,6 @@ impl Slot {
         let number = name.strip_prefix("fa")?.parse().ok()?;
         // `fa007` and `fa+7` are numbers too, and other names.
         Self::new(number).filter(|slot| slot.tap().as_str() == name)
-    }
-
-    /// Length of both addresses' network prefix.
-    #[must_use]
-    pub fn prefix_length(self) -> u8 {
-        PREFIX_LENGTH
-    }
-
-    pub(crate) fn netmask(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(u32::MAX << (32 - PREFIX_LENGTH))
     }
 }
 
@@ -239,25 +214,23 @@ impl fmt::Display for TapName {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashSet;
+    use std::{collections::HashSet, net::IpAddr};
 
     #[test]
     fn a_slot_names_its_tap_and_addresses() {
         let slot = Slot::new(300).unwrap();
         assert_eq!(slot.tap().as_str(), "fa300");
-        assert_eq!(slot.guest_mac(), "02:fa:00:00:01:2c");
-        assert_eq!(slot.host_address(), Ipv4Addr::new(100, 64, 4, 177));
         assert_eq!(slot.guest_address(), Ipv4Addr::new(100, 64, 4, 178));
-        assert_eq!(slot.netmask(), Ipv4Addr::new(255, 255, 255, 252));
+        assert_eq!(slot.cid(), 303);
     }
 
     #[test]
     fn no_two_slots_share_anything() {
-        let (mut taps, mut macs, mut addresses) = (HashSet::new(), HashSet::new(), HashSet::new());
+        let (mut taps, mut cids, mut addresses) = (HashSet::new(), HashSet::new(), HashSet::new());
         for slot in (0..MAX_SLOTS).filter_map(Slot::new) {
             assert_eq!(slot.tap().as_str().parse(), Ok(slot.tap()));
-            assert!(taps.insert(slot.tap()) && macs.insert(slot.guest_mac()));
-            assert!(addresses.insert(slot.host_address()) && addresses.insert(slot.guest_address()));
+            assert!(taps.insert(slot.tap()) && cids.insert(slot.cid()));
+            assert!(addresses.insert(slot.guest_address().into()) && addresses.insert(IpAddr::V6(slot.address6())));
         }
         assert_eq!(Slot::new(MAX_SLOTS), None);
     }

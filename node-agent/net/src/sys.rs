@@ -11,8 +11,7 @@ use crate::slot::TapName;
 use std::{
     fs::{File, OpenOptions},
     io, mem,
-    net::Ipv4Addr,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, RawFd},
 };
 
 /// `_IOW('T', 202, int)`.
@@ -41,40 +40,8 @@ pub(crate) fn keep_tap(tap: &File, keep: bool) -> io::Result<()> {
     }
 }
 
-/// Gives an interface its address and network.
-pub(crate) fn set_address(tap: &TapName, address: Ipv4Addr, netmask: Ipv4Addr) -> io::Result<()> {
-    let socket = control_socket()?;
-    for (operation, value) in [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, netmask)] {
-        let mut request = request_for(tap);
-        request.ifr_ifru.ifru_addr = socket_address(value);
-        interface_ioctl(socket.as_raw_fd(), operation, &mut request)?;
-    }
-    Ok(())
-}
-
-/// Brings an interface up.
-pub(crate) fn set_up(tap: &TapName) -> io::Result<()> {
-    let socket = control_socket()?;
-    let mut request = request_for(tap);
-    interface_ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request)?;
-    // SAFETY: SIOCGIFFLAGS has filled in the flags' member of the union; every bit pattern of it is a number.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    interface_ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request)
-}
-
-fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: socket(2) takes three integers.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call above has just returned this descriptor, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 fn interface_ioctl(fd: RawFd, operation: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: every operation passed in here (TUNSETIFF, SIOC[GS]IF*) reads and writes one `struct ifreq` and nothing
+    // SAFETY: the operation passed in here (TUNSETIFF) reads and writes one `struct ifreq` and nothing
     // behind it; the reference is to a whole, initialised one that nobody else uses during the call.
     let result = unsafe { libc::ioctl(fd, operation as _, std::ptr::from_mut(request)) };
     if result < 0 {
@@ -92,16 +59,4 @@ fn request_for(tap: &TapName) -> libc::ifreq {
         *to = from as libc::c_char;
     }
     request
-}
-
-/// A `sockaddr_in` in the bytes of a `sockaddr`: family in host order, port 0, address in network order.
-fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
-    let mut data = [0; 14];
-    for (to, from) in data[2..6].iter_mut().zip(address.octets()) {
-        *to = from as libc::c_char;
-    }
-    libc::sockaddr {
-        sa_family: libc::AF_INET as libc::sa_family_t,
-        sa_data: data,
-    }
 }

@@ -501,29 +501,3 @@ fn a_pinned_name_opens_its_address_and_rebinding_is_refused() {
         |counters| counters.denied,
     );
 }
-
-#[test]
-fn an_uplink_joins_the_guests_namespace_with_the_blades() {
-    if lacks("an_uplink_joins_the_guests_namespace_with_the_blades", &["ip", "nft"]) {
-        return;
-    }
-    let blade = far_net::GuestNetns::create().unwrap();
-    let _world = common::connect_world(&blade);
-    blade
-        .run_inside(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap())
-        .unwrap();
-    let network = far_net::Network::open(far_net::GuestNetns::create().unwrap(), Options::default()).unwrap();
-    network.connect_uplink(&blade).unwrap();
-    network.connect_uplink(&blade).unwrap();
-    let place = network
-        .attach(restricted(&["203.0.113.0/24", "100.64.0.0/10"]))
-        .unwrap();
-    let inside = network.netns().unwrap();
-    let mut tap = Tap::attach(inside, place.tap.as_str());
-    aim(&inside.path(), place.tap.as_str());
-    let from = From::place(&place);
-    tap.send(&from.udp([100, 127, 255, 253].into(), ECHO, "the blade's end"));
-    tap.send(&from.udp(WORLD, ECHO, "out"));
-    assert_eq!(tap.receive_echo("the echo"), "192.0.2.2 out");
-    assert_eq!(network.counters(place.slot).unwrap().denied.packets, 1);
-}

@@ -5,7 +5,7 @@
     reason = "in a test a panic is the report; clippy sees only #[test] functions as tests"
 )]
 
-use far_net::{GuestNetns, Slot, capability};
+use far_net::{GuestNetns, Network, Options, Policy, capability};
 use serde_json::Value;
 use std::{fs, path::Path, process::Command};
 
@@ -60,20 +60,47 @@ fn machine() -> (String, Vec<String>) {
     )
 }
 
-#[test]
-fn a_tap_has_its_slots_name_and_address_and_is_up() {
-    let Some(netns) = netns_or_skip("a_tap_has_its_slots_name_and_address_and_is_up") else {
-        return;
+fn network(netns: GuestNetns) -> Network {
+    let options = Options {
+        has_ipv6: false,
+        mtu: 1400,
+        ..Options::default()
     };
-    let tap = netns.create_tap(Slot::new(7).unwrap()).unwrap();
-    let seen = ip(&netns.path(), &["addr", "show", "dev", tap.as_str()]);
-    let address = &seen[0]["addr_info"][0];
+    Network::open(netns, options).unwrap()
+}
+
+#[test]
+fn a_tap_is_down_until_its_vm_is_let_and_the_way_to_it_is_written_down() {
+    let name = "a_tap_is_down_until_its_vm_is_let_and_the_way_to_it_is_written_down";
+    let Some(netns) = netns_or_skip(name) else { return };
+    let network = network(netns);
+    let path = network.netns().unwrap().path();
+    network.prepare(1).unwrap();
+    let is_up = || {
+        ip(&path, &["link", "show", "dev", "fa0"])[0]["flags"]
+            .to_string()
+            .contains("\"UP\"")
+    };
+    assert!(!is_up());
+    let place = network.attach(Policy::default()).unwrap();
+    assert!(is_up());
+    let seen = ip(&path, &["addr", "show", "dev", place.tap.as_str()]);
+    assert_eq!(seen[0]["mtu"], 1400, "{seen}");
     assert_eq!(
-        (address["local"].as_str(), address["prefixlen"].as_u64()),
-        (Some("100.64.0.29"), Some(30)),
-        "{seen}"
+        seen[0]["addr_info"],
+        serde_json::json!([]),
+        "without IPv6 not even a link-local one"
     );
-    assert!(seen[0]["flags"].as_array().unwrap().contains(&"UP".into()), "{seen}");
+    let routes = ip(&path, &["route", "show", "dev", "fa0"]);
+    assert_eq!(routes[0]["dst"], "100.64.0.2", "{routes}");
+    let neighbours = ip(&path, &["neigh", "show", "dev", "fa0"]);
+    assert_eq!(
+        (neighbours[0]["dst"].as_str(), neighbours[0]["lladdr"].as_str()),
+        (Some("169.254.77.2"), Some("02:fa:00:00:00:01")),
+        "{neighbours}"
+    );
+    network.detach(place.slot).unwrap();
+    assert!(!is_up());
 }
 
 #[test]
@@ -81,16 +108,18 @@ fn the_namespace_has_no_uplink_and_forwards_nothing_and_the_machine_is_unchanged
     let name = "the_namespace_has_no_uplink_and_forwards_nothing_and_the_machine_is_unchanged";
     let before = machine();
     let Some(netns) = netns_or_skip(name) else { return };
-    for number in [1, 2] {
-        netns.create_tap(Slot::new(number).unwrap()).unwrap();
+    let network = network(netns);
+    let path = network.netns().unwrap().path();
+    for _ in 0..2 {
+        network.attach(Policy::default()).unwrap();
     }
-    assert_eq!(names(&ip(&netns.path(), &["link"])), ["lo", "fa1", "fa2"]);
-    let routes = ip(&netns.path(), &["route"]);
+    assert_eq!(names(&ip(&path, &["link"])), ["lo", "fa0", "fa1"]);
+    let routes = ip(&path, &["route"]);
     assert!(
         routes.as_array().unwrap().iter().all(|route| route["dst"] != "default"),
         "{routes}"
     );
-    let inside = format!("--net={}", netns.path().display());
+    let inside = format!("--net={}", path.display());
     let forward = Command::new("nsenter")
         .args([&inside, "cat", "/proc/sys/net/ipv4/ip_forward"])
         .output()
@@ -100,29 +129,15 @@ fn the_namespace_has_no_uplink_and_forwards_nothing_and_the_machine_is_unchanged
 }
 
 #[test]
-fn creating_twice_and_deleting_twice_change_nothing_more() {
-    let Some(netns) = netns_or_skip("creating_twice_and_deleting_twice_change_nothing_more") else {
-        return;
-    };
-    let slot = Slot::new(3).unwrap();
-    assert_eq!(netns.create_tap(slot).unwrap(), netns.create_tap(slot).unwrap());
-    assert_eq!(names(&ip(&netns.path(), &["link"])), ["lo", "fa3"]);
-    for _ in 0..2 {
-        netns.delete_tap(&slot.tap()).unwrap();
-        assert_eq!(names(&ip(&netns.path(), &["link"])), ["lo"]);
-    }
-}
-
-#[test]
 fn two_namespaces_hold_the_same_slot_apart() {
     let name = "two_namespaces_hold_the_same_slot_apart";
     let (Some(one), Some(other)) = (netns_or_skip(name), netns_or_skip(name)) else {
         return;
     };
-    let slot = Slot::new(0).unwrap();
-    one.create_tap(slot).unwrap();
-    assert_eq!(names(&ip(&other.path(), &["link"])), ["lo"]);
-    other.create_tap(slot).unwrap();
+    let (one, other) = (network(one), network(other));
+    let first = one.attach(Policy::default()).unwrap();
+    assert_eq!(names(&ip(&other.netns().unwrap().path(), &["link"])), ["lo"]);
+    assert_eq!(other.attach(Policy::default()).unwrap(), first);
 }
 
 #[test]

@@ -300,7 +300,16 @@ fn per_megabyte(count: u16) -> Result<f64> {
         .spawn()?;
     let mut client = Command::new("nsenter");
     client.arg(format!("--net={}", guest.path().display()));
-    client.args(["iperf3", "--json", "--bytes", "512M", "--client", "203.0.113.1", "--connect-timeout", "5000"]);
+    client.args([
+        "iperf3",
+        "--json",
+        "--bytes",
+        "512M",
+        "--client",
+        "203.0.113.1",
+        "--connect-timeout",
+        "5000",
+    ]);
     // The server tells nobody that it listens.
     let mut output = client.output()?;
     for _ in 0..50 {
@@ -315,7 +324,11 @@ fn per_megabyte(count: u16) -> Result<f64> {
         server.kill()?;
     }
     server.wait()?;
-    ensure!(output.status.success(), "iperf3: {}", String::from_utf8_lossy(&output.stdout));
+    ensure!(
+        output.status.success(),
+        "iperf3: {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     Ok((cpu::of_children()? - before) * 1e6 / 512.0)
 }
 

@@ -25,6 +25,8 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Run everything as this user instead of the caller (needs root).
     pub user: Option<u32>,
+    /// Run everything in this network namespace, as if it were a machine's own.
+    pub netns: Option<PathBuf>,
 }
 
 /// The result of one command, as text.
@@ -217,7 +219,15 @@ impl Far {
     /// A command in this FAR's environment.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
+        let mut command = match &self.options.netns {
+            None => Command::new(program),
+            Some(netns) => {
+                // Becomes the program.
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", netns.display())).arg(program);
+                command
+            }
+        };
         let at = |name: &str| self.dir.path().join(name);
         command
             .env("FAR_STATE", at("state"))
