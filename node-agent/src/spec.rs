@@ -183,6 +183,7 @@ impl Spec {
             cpu_millis,
             memory_mib,
             start_on_claim,
+            network,
             // These reach the guest at the claim.
             entrypoint: _,
             args: _,
@@ -206,6 +207,9 @@ impl Spec {
         }
         if *memory_mib != warm.memory_mib {
             return differs("spec.memory");
+        }
+        if *network != warm.network {
+            return differs("spec.network");
         }
         Ok(())
     }
@@ -637,7 +641,7 @@ pub(crate) mod tests {
             ..check_spec(Some(wire_spec())).unwrap()
         };
         type Edit = fn(&mut wire::AgentSpec);
-        let cases: [(&str, Edit, Option<&str>); 6] = [
+        let cases: [(&str, Edit, Option<&str>); 7] = [
             ("the same", |_| {}, None),
             (
                 "what comes at the claim",
@@ -647,6 +651,16 @@ pub(crate) mod tests {
             ("image", |s| s.image = "other:1".into(), Some("spec.image")),
             ("cpu", |s| s.cpu_millis += 1, Some("spec.cpu")),
             ("memory", |s| s.memory_mib += 1, Some("spec.memory")),
+            (
+                "network",
+                |s| {
+                    s.network = Some(wire::NetworkSpec {
+                        mode: wire::NetworkMode::None.into(),
+                        egress: vec![],
+                    });
+                },
+                Some("spec.network"),
+            ),
             ("waits itself", |s| s.start_on_claim = true, Some("spec.startPolicy")),
         ];
         for (why, edit, field) in cases {

@@ -76,10 +76,9 @@ impl NodeApi {
 
     fn record_of_vm(&self, vm: &VmId) -> Option<Arc<Record>> {
         let (entries, _) = self.board().entries();
-        entries
-            .into_iter()
-            .map(|entry| entry.record)
-            .find(|record| record.vm_id == *vm)
+        // One that was claimed has two, and its first has ended.
+        let mut records = entries.into_iter().map(|entry| entry.record);
+        records.find(|record| record.vm_id == *vm && !record.is_ended())
     }
 }
 
