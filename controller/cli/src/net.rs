@@ -2,7 +2,6 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use anyhow::bail;
 use far_proto::node::{
     AgentNetwork, BladeNetwork, ExplainRequest, Explanation, Identity, ListNetworksRequest, NetworkCounters,
     NetworkMode, PacketCount, TraceRequest, TracedPacket, network_client::NetworkClient,
