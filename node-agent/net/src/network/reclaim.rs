@@ -103,7 +103,13 @@ impl Network {
         }
         let (counters, rest): (Elements, Elements) = seen.into_iter().partition(|(_, set, _)| is_counter(set));
         let (pins, old): (Elements, Elements) = rest.into_iter().partition(|(_, set, _)| is_pin(set));
-        let is_right = |generation: &u8| keys(&everything(place, policy, *generation)) == keys(&old);
+        // A name has no element of its own: its pins say whether it is still the policy's.
+        let mut names = pins.iter().flat_map(|(_, _, of)| of).map(|pin| pin.comment.as_deref());
+        let are_names_right = names.all(|name| {
+            let name = name.and_then(|name| name.parse().ok());
+            name.is_some_and(|name| policy.rules_for_name(&name).next().is_some())
+        });
+        let is_right = |generation: &u8| are_names_right && keys(&everything(place, policy, *generation)) == keys(&old);
         let kept = gate.filter(is_right);
         let generation = kept.unwrap_or_else(|| state.next_generation(place.slot));
         let counted: BTreeSet<(Family, &str)> = counters.iter().map(|(table, set, _)| (table.family, *set)).collect();
@@ -217,6 +223,7 @@ pub(super) fn seen_by_owner(nft: &mut Nft) -> Result<SeenByOwner, Refused> {
                 key: seen.key.clone(),
                 data: seen.data,
                 is_end: seen.is_end,
+                comment: seen.comment,
                 ..Element::of(Vec::new())
             };
             let entry = (*table, set.name, element);
