@@ -357,8 +357,8 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
     }
     check_args_and_env(&spec)?;
     check_files(&spec.files)?;
-    let network = network::check(spec.network)?;
     check_folders(&spec)?;
+    let network = network::check(spec.network)?;
     Ok(Spec {
         image: spec.image,
         cpu_millis: spec.cpu_millis,
