@@ -426,7 +426,7 @@ mod tests {
             initramfs: PathBuf::new(),
             far_vmm: PathBuf::new(),
             backend: Backend::Qemu,
-            nics: Nics::none("a test"),
+            nics: Arc::new(Nics::none("a test")),
             lease_file: vms.path().join("lease"),
         };
         let host = DirectHost::new(options, far_vmm::probe::run(&far_vmm::probe::ProbeOptions::default()));

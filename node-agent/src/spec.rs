@@ -50,6 +50,8 @@ pub struct Spec {
     pub working_dir: Option<String>,
     /// Boot, then wait until another attempt claims the VM.
     pub start_on_claim: bool,
+    /// What it may reach.
+    pub network: far_net::Policy,
     /// Size limit of the writable layer, MiB; 0: half of the guest's memory.
     pub scratch_mib: u32,
     /// Empty folders of their own.
@@ -132,6 +134,9 @@ pub struct SpecWithoutSecrets {
     working_dir: Option<String>,
     #[serde(default)]
     start_on_claim: bool,
+    /// Absent in a ledger of a far-node that knew none: nothing.
+    #[serde(default)]
+    network: far_net::Policy,
     #[serde(default)]
     scratch_mib: u32,
     #[serde(default)]
@@ -166,6 +171,7 @@ impl Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
             network: spec.network,
@@ -241,6 +247,7 @@ impl From<SpecWithoutSecrets> for Spec {
             deadline_s: spec.deadline_s,
             working_dir: spec.working_dir,
             start_on_claim: spec.start_on_claim,
+            network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
             network: spec.network,
@@ -388,6 +395,7 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
         deadline_s: spec.active_deadline_s,
         working_dir: spec.working_dir,
         start_on_claim: spec.start_on_claim,
+        network,
         scratch_mib: spec.scratch_mib,
         folders: spec
             .folders
