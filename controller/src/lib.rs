@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod agent_spec;
+mod agents;
 mod backoff;
 mod blades;
 mod ca;
@@ -27,6 +28,7 @@ mod install;
 mod leader;
 mod links;
 mod nodes;
+mod queue;
 mod reconcile;
 mod registry;
 mod rules;

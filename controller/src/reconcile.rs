@@ -19,10 +19,7 @@ use far_core::{
 };
 use far_proto::node::{EndReason, Identity};
 use k8s_openapi::jiff::Timestamp;
-use kube::{
-    Client, ResourceExt,
-    runtime::{controller::Action, events::EventType},
-};
+use kube::{Client, ResourceExt, runtime::events::EventType};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -31,6 +28,7 @@ use crate::{
     convert,
     events::Events,
     leader::Doubts,
+    queue::Action,
     rules, status_writer,
     world::{View, World},
 };

@@ -1,20 +1,12 @@
 //! Puts the parts together: lead, list, serve, and end in order.
 
-use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use far_api::FarAgent;
 use far_proto::controller::blades_server::BladesServer;
-use futures::StreamExt;
 use kube::{
-    Api, Client, ResourceExt,
+    Client,
     config::{KubeConfigOptions, Kubeconfig},
-    runtime::{
-        WatchStreamExt,
-        controller::{self, Controller},
-        reflector,
-        watcher::{self, Event},
-    },
 };
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -22,8 +14,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::{
-    Config,
-    backoff::Backoff,
+    Config, agents,
     blades::BladeApi,
     ca::Ca,
     events::Events,
@@ -31,7 +22,7 @@ use crate::{
     leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
     nodes::Nodes,
-    reconcile::{self, Context},
+    reconcile::Context,
     registry::Registry,
     shared::Shared,
     tokens::{self, Revocations, Tokens},
@@ -316,58 +307,10 @@ fn work(
     });
     let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {
-        agents(client, world, context, agents_known, concurrency, stopped).await;
+        agents::run(client, world, context, agents_known, concurrency, stopped).await;
         Ok(())
     });
     Ok(())
-}
-
-/// Watches agents into the index and reconciles them, until `stop`.
-async fn agents(
-    client: Client,
-    world: Arc<World>,
-    context: Arc<Context>,
-    known: CancellationToken,
-    concurrency: u16,
-    stop: CancellationToken,
-) {
-    let (reader, writer) = reflector::store();
-    let index = world.clone();
-    let mut listed = HashSet::new();
-    let watch = watcher::watcher(Api::<FarAgent>::all(client), watcher::Config::default())
-        .backoff(Backoff::default())
-        .modify(|agent| {
-            // Neither is read here, and together they are most of an object's memory.
-            agent.metadata.managed_fields = None;
-            agent
-                .annotations_mut()
-                .remove("kubectl.kubernetes.io/last-applied-configuration");
-        })
-        .reflect(writer)
-        .inspect(move |event| match event {
-            Ok(Event::Init) => listed.clear(),
-            Ok(Event::InitApply(agent)) => {
-                listed.extend(agent.uid());
-                index.observe(agent, false);
-            }
-            Ok(Event::InitDone) => {
-                index.keep_only(&listed);
-                known.cancel();
-            }
-            Ok(Event::Apply(agent)) => index.observe(agent, false),
-            Ok(Event::Delete(agent)) => index.forget(&agent.uid().unwrap_or_default()),
-            Err(error) => tracing::warn!(%error, "watching agents failed: trying again"),
-        })
-        .applied_objects()
-        // Told and waited for already. The Controller would wait a second time, and hold back every other trigger.
-        .filter(|event| std::future::ready(event.is_ok()));
-    Controller::for_stream(watch, reader)
-        .reconcile_on(world.dirty.clone().stream())
-        .with_config(controller::Config::default().concurrency(concurrency))
-        .graceful_shutdown_on(stop.cancelled_owned())
-        .run(reconcile::reconcile, reconcile::on_error, context)
-        .for_each(|_| async {})
-        .await;
 }
 
 fn issue(keeper: &Keeper, path: &std::path::Path) -> Result<()> {

@@ -39,6 +39,8 @@ struct Agent {
     node: Option<String>,
     /// The newest attempt.
     attempt: u32,
+    /// Nothing will be done about it before the API changes it.
+    settled: bool,
     /// The newest object our own writes returned; the watch may lag behind it.
     written: Option<Arc<FarAgent>>,
     /// When the status was last written.
@@ -148,6 +150,7 @@ impl World {
             reference: ObjectRef::from_obj(agent),
             node: None,
             attempt: 0,
+            settled: false,
             written: None,
             wrote_at: None,
             refused: HashMap::new(),
@@ -166,6 +169,7 @@ impl World {
             entry.written = None;
         }
         entry.attempt = status.attempt;
+        entry.settled = convert::is_settled(agent, &status);
         let before = std::mem::replace(&mut entry.node, status.node.clone());
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
@@ -341,7 +345,8 @@ impl World {
 
     fn wake_blade(&self, inner: &Inner, name: &str) {
         for uid in inner.on_blade.get(name).into_iter().flatten() {
-            if let Some(agent) = inner.agents.get(uid) {
+            // A blade's ended agents outnumber the others by far.
+            if let Some(agent) = inner.agents.get(uid).filter(|agent| !agent.settled) {
                 self.dirty.mark(agent.reference.clone());
             }
         }
@@ -457,7 +462,7 @@ impl World {
             .agents
             .get(uid)
             .filter(|agent| agent.node.as_deref().is_none_or(|node| node == blade))
-            .map(|agent| agent.reference.clone())
+            .map(|agent| (!agent.settled).then(|| agent.reference.clone()))
         else {
             // Not (yet) known to the watch, or another blade's: kept, so that it is there when the watch catches up.
             inner.keep_report(blade, uid, report);
@@ -465,7 +470,9 @@ impl World {
         };
         inner.keep_report(blade, uid, report);
         drop(inner);
-        self.dirty.mark(reference);
+        if let Some(reference) = reference {
+            self.dirty.mark(reference);
+        }
     }
 
     /// The blade forgot the attempt because we told it to.

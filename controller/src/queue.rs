@@ -1,0 +1,132 @@
+//! Which keys to look at, and when. One key is looked at by one pass at a time; of several times asked for the earliest counts.
+//!
+//! ```text
+//! ask ──► due (a timer each) ── next ──► busy ── done ──► (asked for meanwhile, or by the pass itself) ──► due
+//! ```
+
+use std::{collections::HashMap, future::poll_fn, hash::Hash, task::Poll, time::Duration};
+
+use tokio::time::Instant;
+use tokio_util::time::{DelayQueue, delay_queue};
+
+/// When a pass wants to look again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Action {
+    after: Option<Duration>,
+}
+
+impl Action {
+    /// After this time, whatever happens.
+    pub(crate) const fn requeue(after: Duration) -> Self {
+        Self { after: Some(after) }
+    }
+
+    /// Only when something changes.
+    pub(crate) const fn await_change() -> Self {
+        Self { after: None }
+    }
+}
+
+/// The keys that are due or will be.
+#[derive(Debug)]
+pub(crate) struct Queue<K> {
+    timers: DelayQueue<K>,
+    due: HashMap<K, (delay_queue::Key, Instant)>,
+    /// Under way, with the time of the next look that was asked for meanwhile.
+    busy: HashMap<K, Option<Instant>>,
+}
+
+impl<K: Clone + Eq + Hash> Queue<K> {
+    pub(crate) fn new() -> Self {
+        Self {
+            timers: DelayQueue::new(),
+            due: HashMap::new(),
+            busy: HashMap::new(),
+        }
+    }
+
+    /// Look at `key` after this time at the latest.
+    pub(crate) fn ask(&mut self, key: K, after: Duration) {
+        self.ask_at(key, Instant::now() + after);
+    }
+
+    fn ask_at(&mut self, key: K, at: Instant) {
+        if let Some(again) = self.busy.get_mut(&key) {
+            *again = Some(again.map_or(at, |asked| asked.min(at)));
+        } else if let Some((timer, due)) = self.due.get_mut(&key) {
+            if at < *due {
+                self.timers.reset_at(timer, at);
+                *due = at;
+            }
+        } else {
+            let timer = self.timers.insert_at(key.clone(), at);
+            self.due.insert(key, (timer, at));
+        }
+    }
+
+    /// Waits for a key that is due; from now on it is under way. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> K {
+        let expired = poll_fn(|context| match self.timers.poll_expired(context) {
+            Poll::Ready(Some(expired)) => Poll::Ready(expired),
+            // Empty: whoever asks wakes the caller, which asks and waits in one task.
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        });
+        let key = expired.await.into_inner();
+        self.due.remove(&key);
+        self.busy.insert(key.clone(), None);
+        key
+    }
+
+    /// The pass over `key` ended.
+    pub(crate) fn done(&mut self, key: &K, action: Action) {
+        let again = self.busy.remove(key).flatten();
+        let wanted = action.after.map(|after| Instant::now() + after);
+        if let Some(at) = again.into_iter().chain(wanted).min() {
+            self.ask_at(key.clone(), at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn the_earliest_time_counts_and_the_order_is_by_time() {
+        let mut queue = Queue::new();
+        queue.ask("late", 5 * SECOND);
+        queue.ask("soon", 3 * SECOND);
+        queue.ask("late", SECOND);
+        queue.ask("late", 9 * SECOND);
+        let start = Instant::now();
+        assert_eq!((queue.next().await, start.elapsed().as_secs()), ("late", 1));
+        assert_eq!((queue.next().await, start.elapsed().as_secs()), ("soon", 3));
+        assert!(
+            tokio::time::timeout(100 * SECOND, queue.next()).await.is_err(),
+            "nothing is left"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_under_way_is_not_given_again_before_it_is_done() {
+        let mut queue = Queue::new();
+        queue.ask("a", Duration::ZERO);
+        assert_eq!(queue.next().await, "a");
+        queue.ask("a", Duration::ZERO);
+        queue.ask("a", SECOND);
+        assert!(tokio::time::timeout(9 * SECOND, queue.next()).await.is_err());
+        queue.done(&"a", Action::requeue(60 * SECOND));
+        let start = Instant::now();
+        assert_eq!(
+            (queue.next().await, start.elapsed().as_secs()),
+            ("a", 0),
+            "as was asked meanwhile"
+        );
+        queue.done(&"a", Action::requeue(60 * SECOND));
+        assert_eq!((queue.next().await, start.elapsed().as_secs()), ("a", 60));
+        queue.done(&"a", Action::await_change());
+        assert!(tokio::time::timeout(900 * SECOND, queue.next()).await.is_err());
+    }
+}
