@@ -2,7 +2,7 @@
 # FAR_CACHE (default ~/.cache/far) holds what is fetched and built, CARGO_TARGET_DIR lies in it, PROFILE is release or dev.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest run down test test-unit bench bench-guest bench-net lint clean
+.PHONY: help setup build guest run down test test-unit bench bench-guest bench-net bench-controller lint clean
 
 help: ## This text
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench-guest: ## Measure PID 1 of the guest against the same over tonic, tini and
 
 bench-net: ## Measure the guests' network against ip, nft and CNI plugins (root)
 	@scripts/bench net
+
+bench-controller: ## Measure the controller against kube-scheduler on a real API server (ARGS=--full: the goals' sizes)
+	@scripts/bench controller $(ARGS)
 
 lint: ## Formatting, clippy and the shell scripts
 	@scripts/lint

@@ -6,12 +6,13 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{
     ResourceExt,
     api::{DeleteParams, Preconditions},
-    runtime::{controller::Action, events::EventType},
+    runtime::events::EventType,
 };
 
 use super::{Next, Pass, RECHECK, ReconcileError, WAITING};
 use crate::{
     calls::{Blade, CallError},
+    queue::Action,
     status_writer,
 };
 
