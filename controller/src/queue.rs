@@ -9,6 +9,9 @@ use std::{collections::HashMap, future::poll_fn, hash::Hash, task::Poll, time::D
 use tokio::time::Instant;
 use tokio_util::time::{DelayQueue, delay_queue};
 
+/// Longest time between two looks that were asked for: timers of tokio-util end at two years, lives of agents do not.
+const LONGEST: Duration = Duration::from_secs(86_400);
+
 /// When a pass wants to look again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Action {
@@ -47,7 +50,7 @@ impl<K: Clone + Eq + Hash> Queue<K> {
 
     /// Look at `key` after this time at the latest.
     pub(crate) fn ask(&mut self, key: K, after: Duration) {
-        self.ask_at(key, Instant::now() + after);
+        self.ask_at(key, Instant::now() + after.min(LONGEST));
     }
 
     fn ask_at(&mut self, key: K, at: Instant) {
@@ -80,7 +83,7 @@ impl<K: Clone + Eq + Hash> Queue<K> {
     /// The pass over `key` ended.
     pub(crate) fn done(&mut self, key: &K, action: Action) {
         let again = self.busy.remove(key).flatten();
-        let wanted = action.after.map(|after| Instant::now() + after);
+        let wanted = action.after.map(|after| Instant::now() + after.min(LONGEST));
         if let Some(at) = again.into_iter().chain(wanted).min() {
             self.ask_at(key.clone(), at);
         }
@@ -107,6 +110,16 @@ mod tests {
             tokio::time::timeout(100 * SECOND, queue.next()).await.is_err(),
             "nothing is left"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_far_time_is_looked_at_before_a_timer_can_not_hold_it() {
+        let mut queue = Queue::new();
+        queue.ask("a", Duration::from_secs(u64::from(u32::MAX)));
+        let start = Instant::now();
+        assert_eq!((queue.next().await, start.elapsed()), ("a", LONGEST));
+        queue.done(&"a", Action::requeue(Duration::MAX));
+        queue.next().await;
     }
 
     #[tokio::test(start_paused = true)]
