@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use far_api::{Env, EnvFrom, FarAgent, FileSource, KeyRef, Quantity};
+use far_api::{Env, EnvFrom, FarAgent, FileSource, KeyRef, Quantity, StartPolicy};
 use far_core::{quantity, retry::Rules};
 use far_proto::node as wire;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
@@ -58,17 +58,19 @@ pub(crate) async fn resolve(
         config_maps: HashMap::new(),
         secrets: HashMap::new(),
     };
+    // What a warm agent runs comes with its claim: secrets that it would never use are not even read.
+    let is_warm = spec.start_policy == StartPolicy::OnClaim;
     let mut env = Vec::new();
-    for (index, one) in spec.env_from.iter().flatten().enumerate() {
+    for (index, one) in spec.env_from.iter().flatten().filter(|_| !is_warm).enumerate() {
         sources.env_from(index, one, &mut env).await?;
     }
-    for (index, one) in spec.env.iter().flatten().enumerate() {
+    for (index, one) in spec.env.iter().flatten().filter(|_| !is_warm).enumerate() {
         // One variable, one value: env wins over envFrom.
         env.retain(|known: &wire::EnvVar| known.name != one.name);
         env.push(sources.env(index, one).await?);
     }
     let mut files = Vec::new();
-    for (index, one) in spec.files.iter().flatten().enumerate() {
+    for (index, one) in spec.files.iter().flatten().filter(|_| !is_warm).enumerate() {
         sources.file(index, one, &mut files).await?;
     }
     let bytes: usize = files.iter().map(|file| file.data.len()).sum();
@@ -108,6 +110,7 @@ pub(crate) async fn resolve(
         working_dir: spec.working_dir.clone(),
         scratch_mib,
         folders,
+        start_on_claim: is_warm,
         ..Default::default()
     })
 }

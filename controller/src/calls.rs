@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use far_core::status::Report;
 use far_proto::node::{
-    AgentSpec, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, ListAgentsRequest, ResurrectAgentRequest,
-    SleepAgentRequest, StopAgentRequest, node_client::NodeClient,
+    AgentSpec, ClaimAgentRequest, EndReason, EnsureAgentRequest, ForgetAgentRequest, Identity, ListAgentsRequest,
+    ResurrectAgentRequest, SleepAgentRequest, StopAgentRequest, node_client::NodeClient,
 };
 use tonic::{Code, Status, transport::Channel};
 
@@ -67,6 +67,31 @@ impl Blade {
             .await
             .map_err(|status| match status.code() {
                 Code::ResourceExhausted => CallError::Refused(text(&status)),
+                Code::InvalidArgument | Code::AlreadyExists => CallError::Rejected(text(&status)),
+                Code::FailedPrecondition => CallError::Deposed(text(&status)),
+                _ => CallError::Unreachable(text(&status)),
+            })?;
+        Ok(convert::report(state).map(|(_, report)| report))
+    }
+
+    /// Makes `identity` the owner of a warm attempt's microVM.
+    pub(crate) async fn claim(
+        &mut self,
+        warm: Identity,
+        identity: Identity,
+        spec: AgentSpec,
+    ) -> Result<Option<Report>, CallError> {
+        let request = ClaimAgentRequest {
+            epoch: self.epoch,
+            warm: Some(warm),
+            identity: Some(identity),
+            spec: Some(spec),
+        };
+        let state = within(self.client.claim_agent(request))
+            .await
+            .map_err(|status| match status.code() {
+                // Also of a blade of an earlier version.
+                Code::NotFound | Code::ResourceExhausted | Code::Unimplemented => CallError::Refused(text(&status)),
                 Code::InvalidArgument | Code::AlreadyExists => CallError::Rejected(text(&status)),
                 Code::FailedPrecondition => CallError::Deposed(text(&status)),
                 _ => CallError::Unreachable(text(&status)),

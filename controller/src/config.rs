@@ -62,6 +62,9 @@ pub struct Config {
     /// Seconds until another controller may take over from one that is not heard of.
     #[arg(long, default_value = "15", value_parser = seconds)]
     pub lease_duration: Duration,
+    /// Seconds between the first and the second try of a FarTask; doubled with each further one, at most 360.
+    #[arg(long, default_value = "10", value_parser = seconds)]
+    pub task_backoff: Duration,
     /// Agents worked on at the same time.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub concurrency: u16,
@@ -93,6 +96,7 @@ impl Config {
             sweep_every: Duration::from_secs(60),
             certificate_life: Duration::from_secs(86_400),
             lease_duration: Duration::from_secs(15),
+            task_backoff: Duration::from_secs(10),
             concurrency: 32,
             seed: None,
         }

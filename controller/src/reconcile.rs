@@ -3,6 +3,7 @@
 //!
 //! Invariant: the intent (blade, attempt) is written with resourceVersion before a blade is called.
 
+mod claim;
 mod ends;
 
 use std::{
@@ -178,6 +179,7 @@ impl Pass<'_> {
             .world
             .view(&self.uid, &status, &rules::patience(&self.agent));
         let rules = rules::rules(&self.agent, self.context.first_delay);
+        self.note_claim(&status, report.as_ref()).await;
         let seen = Seen {
             status: &status,
             deleting: self.agent.metadata.deletion_timestamp.is_some(),
@@ -260,6 +262,9 @@ impl Pass<'_> {
             Ok(request) => request,
             Err(message) => return self.learn(status, &Fact::Rejected { message: &message }).await,
         };
+        if let Some(next) = self.take_over(status).await? {
+            return Ok(next);
+        }
         match world.place(&self.uid, request) {
             Err(unschedulable) if unschedulable.causes.contains_key(&Cause::Unreachable) && world.is_settling() => {
                 tracing::debug!(uid = self.uid, %unschedulable, "waiting for a blade's connection");
@@ -276,7 +281,7 @@ impl Pass<'_> {
                 Ok(Next::Rest(Action::requeue(WAITING * 5)))
             }
             Ok(blade) => {
-                let placed = self.write_intent(status, &blade).await;
+                let placed = self.write_intent(status, &Fact::Placed { blade: &blade }).await;
                 if placed.is_err() {
                     world.unplace(&self.uid, None);
                 }
@@ -286,13 +291,14 @@ impl Pass<'_> {
                     .events
                     .say(&self.agent, EventType::Normal, "Scheduled", &note)
                     .await;
+                self.say_cold().await;
                 Ok(Next::Again)
             }
         }
     }
 
     /// Finalizer first, then the intent: from then on the blade may have it.
-    async fn write_intent(&mut self, status: &Status, blade: &str) -> Result<Next, ReconcileError> {
+    async fn write_intent(&mut self, status: &Status, placed: &Fact<'_>) -> Result<Next, ReconcileError> {
         if !self.is_held() {
             let held = status_writer::hold(&self.context.client, &self.agent, true).await;
             if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
@@ -300,7 +306,7 @@ impl Pass<'_> {
                 self.agent = agent;
             }
         }
-        self.learn(status, &Fact::Placed { blade }).await
+        self.learn(status, placed).await
     }
 
     async fn ensure(&mut self, status: &Status) -> Result<Next, ReconcileError> {
@@ -330,7 +336,8 @@ impl Pass<'_> {
             Err(SpecError::Invalid(message)) => return self.learn(status, &Fact::Rejected { message: &message }).await,
             Err(SpecError::Read { source, .. }) => return Err(self.api_error("reading the references", *source)),
         };
-        match Blade::new(channel, context.epoch).ensure(identity, spec).await {
+        let calls = Blade::new(channel, context.epoch);
+        match self.ensure_on(status, calls, identity, spec).await {
             Ok(Some(report)) => {
                 context.world.told(&blade, &self.uid, report);
                 Ok(Next::Again)
@@ -382,7 +389,13 @@ impl Pass<'_> {
     async fn place_anew(&mut self, status: &Status, blade: &str, message: &str) -> Result<Next, ReconcileError> {
         let context = self.context;
         self.learn(status, &Fact::Refused { message }).await?;
-        context.world.unplace(&self.uid, Some(blade));
+        // A warm agent that was gone says nothing about the blade, and is not tried again.
+        if let Some(claim) = &status.claimed {
+            context.world.warm_refused(&self.uid, &claim.uid);
+        }
+        context
+            .world
+            .unplace(&self.uid, status.claimed.is_none().then_some(blade));
         context
             .events
             .say(&self.agent, EventType::Warning, "Refused", message)

@@ -31,9 +31,11 @@ use crate::{
     leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
     nodes::Nodes,
+    pools::Pools,
     reconcile::{self, Context},
     registry::Registry,
     shared::Shared,
+    tasks::Tasks,
     tokens::{self, Revocations, Tokens},
     world::World,
 };
@@ -313,6 +315,29 @@ fn work(
         agents_known: agents_known.clone(),
         nodes_known,
         first_delay: config.retry_after,
+    });
+    let pools = Pools {
+        client: client.clone(),
+        world: world.clone(),
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        pools.run(stopped).await;
+        Ok(())
+    });
+    let queues = Tasks {
+        client: client.clone(),
+        world: world.clone(),
+        backoff: config.task_backoff,
+        deposed: lead.lost.clone(),
+        agents_known: agents_known.clone(),
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        queues.run(stopped).await;
+        Ok(())
     });
     let (concurrency, stopped, world) = (config.concurrency, stop.clone(), world.clone());
     tasks.spawn(async move {

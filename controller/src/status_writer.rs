@@ -1,12 +1,13 @@
 //! Writes of FarAgents: merge patches of exactly what changed, guarded by resourceVersion.
 
-use std::sync::Arc;
+use std::{fmt::Debug, sync::Arc};
 
 use far_api::{FIELD_MANAGER, FINALIZER, FarAgent, FarAgentStatus};
 use kube::{
-    Api, Client, ResourceExt,
+    Api, Client, Resource, ResourceExt,
     api::{Patch, PatchParams},
 };
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 /// The agent's API in its own namespace.
@@ -33,6 +34,27 @@ pub(crate) async fn write(client: &Client, agent: &FarAgent, status: &FarAgentSt
     api(client, agent)
         .patch_status(&agent.name_any(), &params, &Patch::Merge(body))
         .await
+}
+
+/// Writes the status of an object of another kind over the one it has. 409: somebody wrote in between.
+pub(crate) async fn write_to<K, S>(api: &Api<K>, object: &K, old: &Option<S>, new: &S) -> Result<K, kube::Error>
+where
+    K: Resource + Clone + DeserializeOwned + Debug,
+    S: Serialize,
+{
+    let value = |status: &S| serde_json::to_value(status).map_err(kube::Error::SerdeError);
+    let old = old.as_ref().map_or(Ok(Value::Null), value)?;
+    let meta = object.meta();
+    let body = json!({
+        "metadata": { "resourceVersion": meta.resource_version, "uid": meta.uid },
+        "status": difference(&old, &value(new)?),
+    });
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    let name = meta.name.as_deref().unwrap_or_default();
+    api.patch_status(name, &params, &Patch::Merge(body)).await
 }
 
 /// Adds or removes our finalizer. Removing where the agent is gone is success.

@@ -4,6 +4,7 @@
 //! All of it is derived: from the watches, from the blades' event streams, and from the answers to our own writes.
 
 mod leaving;
+mod owned;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -22,8 +23,16 @@ use kube::{ResourceExt, runtime::reflector::ObjectRef};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
-use crate::{convert, dirty::Dirty};
+use crate::{
+    convert,
+    dirty::Dirty,
+    stock::{PoolKey, Stock},
+    tries::{QueueKey, Tries},
+    work::Work,
+};
 use leaving::Leaving;
+
+pub(crate) use owned::{Asked, PoolMember};
 
 /// A blade that refused an agent is not asked again for this long.
 const REFUSAL: Duration = Duration::from_secs(10);
@@ -96,6 +105,9 @@ struct Inner {
     missing: HashMap<String, Instant>,
     /// When a blade was last told that it need not end its agents.
     fence_put_off: HashMap<String, Instant>,
+    /// Agents that pools keep warm, and agents of tasks.
+    stock: Stock,
+    tries: Tries,
     /// (blade, uid): the newest attempt the blade speaks of.
     reports: HashMap<String, HashMap<String, Report>>,
 }
@@ -107,6 +119,9 @@ pub(crate) struct World {
     /// Placement's clock begins here.
     begun: Instant,
     pub(crate) dirty: Arc<Dirty>,
+    /// Pools and queues to look at.
+    pub(crate) pool_work: Work<PoolKey>,
+    pub(crate) queue_work: Work<QueueKey>,
     lost_after: Duration,
     fence_after: Duration,
 }
@@ -121,12 +136,16 @@ impl World {
             nodes: HashMap::new(),
             missing: HashMap::new(),
             fence_put_off: HashMap::new(),
+            stock: Stock::default(),
+            tries: Tries::default(),
             reports: HashMap::new(),
         };
         Self {
             inner: Mutex::new(inner),
             begun: Instant::now(),
             dirty: Arc::default(),
+            pool_work: Work::default(),
+            queue_work: Work::default(),
             lost_after,
             fence_after,
         }
@@ -170,6 +189,7 @@ impl World {
         if before != status.node {
             inner.leave(before.as_deref(), &uid);
         }
+        self.note_owned(&mut inner, agent, &status);
         let Some(node) = &status.node else {
             // Its attempt is over, and the next one is not placed. (A blade that is chosen and not written yet is no
             // change from one blade to none.)
@@ -197,6 +217,7 @@ impl World {
             }
         }
         inner.pending.remove(uid);
+        self.forget_owned(&mut inner, uid);
         self.release_locked(&mut inner, uid);
     }
 

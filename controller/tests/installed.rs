@@ -112,6 +112,62 @@ fn covers(right: &Right, asked: &Right) -> bool {
         && fits(&right.4, &asked.4)
 }
 
+/// Everything that the controller does with agents of its own.
+async fn pools_and_queues(cluster: &Cluster, blade: &FakeBlade) {
+    let file = cluster.dir.path().join("own.yaml");
+    let text = "
+apiVersion: tiffany.dev/v1alpha1
+kind: FarAgentTemplate
+metadata: {name: t}
+spec: {template: {spec: {image: a, memory: 128Mi, cpu: 100m}}}
+---
+apiVersion: tiffany.dev/v1alpha1
+kind: FarAgentPool
+metadata: {name: p}
+spec: {replicas: 1, templateRef: {name: t}}
+---
+apiVersion: tiffany.dev/v1alpha1
+kind: FarQueue
+metadata: {name: q}
+spec: {templateRef: {name: t}}
+---
+apiVersion: tiffany.dev/v1alpha1
+kind: FarTask
+metadata: {name: brief}
+spec: {queueRef: {name: q}, ttlSecondsAfterFinished: 0}
+---
+apiVersion: tiffany.dev/v1alpha1
+kind: FarTask
+metadata: {name: taken}
+spec: {queueRef: {name: q}}
+";
+    std::fs::write(&file, text).unwrap();
+    cluster
+        .create("taken-1", json!({"image": "a", "memory": "900Gi"}))
+        .await;
+    kubectl(&cluster.api, &["apply", "-f", file.to_str().unwrap()]);
+    let uid = until("the task's agent", async || {
+        let uid = cluster.agents().get_opt("brief-1").await.unwrap()?.uid()?;
+        blade.fake.phase(&uid).map(|_| uid)
+    })
+    .await;
+    blade.fake.running(&uid);
+    blade.fake.ended(&uid, EndReason::Completed, Some(0), "");
+    let wait = |what: &'static str| kubectl(&cluster.api, &["wait", "--timeout=60s", what, "--for=delete"]);
+    wait("fartask/brief");
+    let refused = "--for=jsonpath={.status.reason}=NameTaken";
+    kubectl(&cluster.api, &["wait", "--timeout=60s", "fartask/taken", refused]);
+    let warm = "--for=jsonpath={.status.replicas}=1";
+    kubectl(&cluster.api, &["wait", "--timeout=60s", "fap/p", warm]);
+    kubectl(&cluster.api, &["scale", "fap/p", "--replicas=0"]);
+    until("the pool's agent to go", async || {
+        let params = kube::api::ListParams::default().labels("tiffany.dev/pool=p");
+        let list = cluster.agents().list(&params).await.unwrap();
+        list.items.is_empty().then_some(())
+    })
+    .await;
+}
+
 /// What stands in `deploy/far.yaml` needs a real kube-apiserver in any case.
 mod real {
     use super::*;
@@ -236,6 +292,7 @@ mod real {
         cluster.wait_phase("needy", "Completed").await;
         cluster.wait_gone("needy").await;
         assert_eq!(blade.fake.attempts(&uid), [1]);
+        pools_and_queues(&cluster, &blade).await;
         let Server::Real(plane) = &cluster.api else {
             unreachable!("installed() starts a real one")
         };

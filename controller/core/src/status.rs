@@ -279,6 +279,13 @@ pub enum Fact<'a> {
         /// The blade.
         blade: &'a str,
     },
+    /// A warm agent was chosen: the next attempt takes over its microVM on this blade. Written before the blade is called.
+    Claiming {
+        /// The blade.
+        blade: &'a str,
+        /// Whose microVM.
+        claim: &'a Claim,
+    },
     /// The blade has no room now and recorded nothing: back to the queue.
     Refused {
         /// What it said.
@@ -416,6 +423,10 @@ impl Status {
                     ..self.between_attempts()
                 };
                 next.set(Kind::Scheduled, true, "Placed", &format!("placed on blade {blade}"));
+            }
+            Fact::Claiming { blade, claim } => {
+                next = self.follow(&Fact::Placed { blade }, rules);
+                next.claimed = Some((*claim).clone());
             }
             Fact::Refused { message } => {
                 next = self.between_attempts();

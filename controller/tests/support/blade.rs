@@ -128,6 +128,12 @@ pub struct Fake {
     pub full: Arc<AtomicBool>,
     /// Write an attempt down, then answer as a connection that was closed in the middle does.
     pub breaks_after_writing: Arc<AtomicBool>,
+    /// Agents that wait to be claimed are warm at once.
+    pub warms: Arc<AtomicBool>,
+    /// ClaimAgent is not answered.
+    pub fails_claims: Arc<AtomicBool>,
+    /// A warm agent that is claimed just ended.
+    pub loses_claims: Arc<AtomicBool>,
     /// Claim to know a newer controller.
     pub claims_newer_epoch: Arc<AtomicBool>,
     /// Every new attempt runs and completes by itself.
@@ -166,6 +172,9 @@ impl FakeBlade {
             dead: CancellationToken::new(),
             full: Arc::default(),
             breaks_after_writing: Arc::default(),
+            warms: Arc::default(),
+            fails_claims: Arc::default(),
+            loses_claims: Arc::default(),
             claims_newer_epoch: Arc::default(),
             completes_by_itself: Arc::default(),
         };
@@ -325,16 +334,6 @@ impl Fake {
         self.ledger.lock().unwrap().claims
     }
 
-    /// The guest of a warm attempt said Hello.
-    pub fn warm(&self, uid: &str) {
-        self.change(&self.key(uid), |state| {
-            state.set_phase(Phase::Warm);
-            state.image_digest = "sha256:feed".into();
-            state.booted_at = Some(now());
-            state.vm_id = format!("fa-{uid}");
-        });
-    }
-
     pub fn forgotten(&self) -> u32 {
         self.ledger.lock().unwrap().forgotten
     }
@@ -460,6 +459,7 @@ impl Node for Fake {
             return Err(Status::invalid_argument("spec.cpu: more than 64 cores"));
         }
         *ledger.boots.entry(key.clone()).or_default() += 1;
+        let is_warm = spec.start_on_claim && self.warms.load(Ordering::SeqCst);
         ledger.specs.insert(key.clone(), spec);
         ledger.seq += 1;
         let mut state = AgentState {
@@ -468,6 +468,10 @@ impl Node for Fake {
             ..AgentState::default()
         };
         state.set_phase(Phase::Accepted);
+        if is_warm {
+            state.set_phase(Phase::Warm);
+            state.booted_at = Some(now());
+        }
         ledger.agents.insert(key, state.clone());
         let _ = self.events.send(Event {
             seq: ledger.seq,
@@ -492,7 +496,14 @@ impl Node for Fake {
     async fn claim_agent(&self, request: Request<ClaimAgentRequest>) -> Result<Response<AgentState>, Status> {
         let request = request.into_inner();
         self.check(request.epoch)?;
+        if self.fails_claims.load(Ordering::SeqCst) {
+            return Err(Status::unavailable("nobody answers claims"));
+        }
         let (_, warm) = key_of(request.warm)?;
+        if self.loses_claims.load(Ordering::SeqCst) {
+            self.change(&warm, |state| end(state, EndReason::InitLost, None, "gone"));
+            return Err(Status::not_found("it just ended"));
+        }
         let (identity, key) = key_of(request.identity)?;
         if let Some(state) = self.ledger.lock().unwrap().agents.get(&key) {
             return Ok(Response::new(state.clone()));
