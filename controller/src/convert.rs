@@ -40,12 +40,6 @@ pub(crate) fn is_settled(agent: &FarAgent, status: &Status) -> bool {
     stays && status.is_final()
 }
 
-/// Nothing will be done about the agent before the API changes it: it ended, and neither goes nor expires.
-pub(crate) fn is_settled(agent: &FarAgent, status: &Status) -> bool {
-    let stays = agent.metadata.deletion_timestamp.is_none() && agent.spec.ttl_seconds_after_finished.is_none();
-    stays && status.is_final()
-}
-
 /// What the API claims of an agent.
 pub(crate) fn status_from_api(status: Option<&FarAgentStatus>) -> Status {
     let Some(status) = status.cloned() else {

@@ -229,7 +229,7 @@ impl World {
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
         if status.is_final() {
             let is_news = self.release_locked(&mut inner, &uid);
-            if is_news && is_fault_of_blade(&status) {
+            if is_news && status.reason.as_deref().is_some_and(is_fault_of_blade) {
                 inner.scheduler.note_failure(node, self.now());
             }
         } else if let Ok(request) = convert::request(agent) {
@@ -635,9 +635,8 @@ fn is_up(status: &Status) -> bool {
     status.conditions.iter().any(is_booted)
 }
 
-fn is_fault_of_blade(status: &Status) -> bool {
-    let reason = status.reason.as_deref();
-    BLADES_FAULTS.iter().any(|fault| reason == Some(fault.as_str()))
+fn is_fault_of_blade(reason: &str) -> bool {
+    BLADES_FAULTS.iter().any(|fault| fault.as_str() == reason)
 }
 
 /// resourceVersion as the number it is in every API server; 0 where it is none.

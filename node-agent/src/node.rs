@@ -65,10 +65,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
     let opening = tokio::task::spawn_blocking(move || nics.start(&vms, &live));
     let names = tokio::spawn(blade.nics.clone().serve_names());
     blade.fence.catch_up(&supervisor).await;
-    // Behind the serving: the kernel's network may be full of what a crash left.
-    let (nics, vms) = (blade.nics.clone(), config.run_dir.join("vm"));
-    let opening = tokio::task::spawn_blocking(move || nics.start(&vms, &live));
-    let names = tokio::spawn(blade.nics.clone().serve_names());
     let mut serving = JoinSet::new();
     let (fenced, watching, until) = (blade.clone(), supervisor.clone(), shutdown.clone());
     serving.spawn(async move {

@@ -65,8 +65,6 @@ pub struct Folder {
     pub path: String,
     /// MiB; 0: half of the guest's memory.
     pub size_mib: u32,
-    /// What it may reach.
-    pub network: far_net::Policy,
 }
 
 /// One environment variable.
@@ -141,9 +139,6 @@ pub struct SpecWithoutSecrets {
     scratch_mib: u32,
     #[serde(default)]
     folders: Vec<Folder>,
-    /// Absent in a ledger of a far-node that knew none: nothing.
-    #[serde(default)]
-    network: far_net::Policy,
 }
 
 impl Spec {
@@ -174,7 +169,6 @@ impl Spec {
             network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
-            network: spec.network,
         }
     }
 
@@ -250,7 +244,6 @@ impl From<SpecWithoutSecrets> for Spec {
             network: spec.network,
             scratch_mib: spec.scratch_mib,
             folders: spec.folders,
-            network: spec.network,
         }
     }
 }
@@ -405,7 +398,6 @@ pub fn check_spec(spec: Option<wire::AgentSpec>) -> Result<Spec, InvalidField> {
                 size_mib: folder.size_mib,
             })
             .collect(),
-        network,
     })
 }
 

@@ -102,9 +102,6 @@ pub(crate) enum Command {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
-    /// Print a token of a service account
-    #[command(after_help = crate::token::EXAMPLES)]
-    Token(crate::token::TokenArgs),
     /// Print the completion script of a shell
     #[command(after_help = "Example:\n  source <(far completion bash)")]
     Completion { shell: Shell },
@@ -152,9 +149,6 @@ pub(crate) enum PluginCommand {
     /// Empty a blade, and wait until it is empty
     #[command(after_help = crate::drain::EXAMPLES)]
     Drain(crate::drain::DrainArgs),
-    /// Show what the placer would decide about an agent now, and why: every blade, filter and score
-    #[command(after_help = crate::explain::EXAMPLES)]
-    Explain(crate::explain::ExplainArgs),
     /// Wait until an agent has ended, or for a phase or condition
     Wait(WaitArgs),
     /// Load, list and remove guest images on this machine's blade

@@ -85,7 +85,6 @@ pub fn far() -> ExitCode {
             Command::Cordon(args) => drain::cordon(&cluster, &args).await,
             Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             Command::Drain(args) => drain::drain(&cluster, &args).await,
-            Command::Token(args) => token::token(&cluster, &args).await,
             Command::Completion { shell } => {
                 clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
                 Ok(Outcome::Success)

@@ -86,12 +86,6 @@ pub(crate) async fn connect_network(socket: &Path) -> Result<NetworkClient<Chann
     Ok(NetworkClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
 }
 
-/// Connects to what the agents of this machine's blade may reach.
-pub(crate) async fn connect_network(socket: &Path) -> Result<NetworkClient<Channel>, NodeError> {
-    let channel = channel(socket).await?;
-    Ok(NetworkClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
-}
-
 async fn channel(socket: &Path) -> Result<Channel, NodeError> {
     if !socket.exists() {
         return Err(NodeError::NoSocket {
