@@ -113,7 +113,6 @@ pub fn kubectl_far() -> ExitCode {
             PluginCommand::Cordon(args) => drain::cordon(&cluster, &args).await,
             PluginCommand::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             PluginCommand::Drain(args) => drain::drain(&cluster, &args).await,
-            PluginCommand::Explain(args) => explain::explain(&cluster, &args).await,
             PluginCommand::Wait(args) => wait::wait(&cluster, &args).await,
             PluginCommand::Image(args) => image::image(&folders, &args).await,
             PluginCommand::Status(args) => status::status(&folders, &args).await,
