@@ -3,8 +3,6 @@
 // A panic is a test's report.
 #![allow(clippy::unwrap_used)]
 
-// Each test program uses its part of the harness.
-#[allow(dead_code)]
 mod common;
 
 use common::{Node, agent};

@@ -3,9 +3,12 @@
 use crate::{
     boot,
     control::outbox::{Channel, MAX_RECORD, Outbox},
+    sys,
 };
-use nix::errno::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    io::ErrorKind,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 /// Read ends of stdout and stderr, in the order of [`Channel::BOTH`]; `None`: drained to its end.
 #[derive(Debug)]
@@ -32,10 +35,9 @@ impl Pipes {
         let Some(pipe) = slot.as_ref().filter(|_| room > 0) else {
             return;
         };
-        let mut buffer = vec![0; room];
-        match nix::unistd::read(pipe, &mut buffer) {
-            Ok(count) if count > 0 => outbox.push(channel, &buffer[..count], boot::wall_ns()),
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
+        match sys::read_some(pipe, room) {
+            Ok(data) if !data.is_empty() => outbox.push(channel, data, boot::wall_ns()),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             // The end, or a pipe that broke: either way nothing more comes.
             Ok(_) | Err(_) => *slot = None,
         }

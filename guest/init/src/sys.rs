@@ -136,6 +136,23 @@ pub(crate) fn fork_into(birth: Birth<'_>, child: impl FnOnce() -> i32) -> io::Re
     }
 }
 
+/// Reads once, at most `limit` bytes, into a vector of its own, which is as long as what came: no byte is written twice.
+///
+/// # Errors
+/// Whatever read(2) says.
+pub(crate) fn read_some(fd: &impl AsRawFd, limit: usize) -> io::Result<Vec<u8>> {
+    let mut bytes: Vec<u8> = Vec::with_capacity(limit);
+    // SAFETY: the kernel writes at most `limit` bytes to memory that the vector owns.
+    let got = unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), limit) };
+    let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel wrote so many of them, and they are within the capacity.
+    unsafe { bytes.set_len(got) };
+    if got < limit / 2 {
+        bytes.shrink_to_fit();
+    }
+    Ok(bytes)
+}
+
 /// Random bytes that need not wait for the kernel's generator to be seeded: `false` where there are none yet.
 pub(crate) fn random_now(bytes: &mut [u8]) -> bool {
     // SAFETY: the kernel writes at most `bytes.len()` bytes to the live slice.

@@ -5,7 +5,7 @@
 //! ```
 //! Everything is non-blocking: the session polls [`Link::interest`] and calls [`Link::advance`].
 
-use crate::place::Place;
+use crate::{place::Place, sys};
 use far_proto::{
     frame::{self, Decoder, FrameError},
     guest::{GuestMessage, HostMessage},
@@ -247,15 +247,14 @@ impl Link {
     /// never starves the other.
     pub(crate) fn read(&mut self) -> Result<(), LinkError> {
         let State::Up(up) = &mut self.state else { return Ok(()) };
-        let mut buffer = vec![0; READ_SIZE];
-        match nix::unistd::read(&up.fd, &mut buffer) {
-            Ok(0) => Err(LinkError::Closed),
-            Ok(count) => {
-                up.decoder.push(&buffer[..count]);
+        match sys::read_some(&up.fd, READ_SIZE) {
+            Ok(bytes) if bytes.is_empty() => Err(LinkError::Closed),
+            Ok(bytes) => {
+                up.decoder.push(&bytes);
                 Ok(())
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
-            Err(error) => Err(io::Error::from(error).into()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 

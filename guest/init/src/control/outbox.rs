@@ -8,7 +8,7 @@
 //! what it has twice.
 //! Invariant: kept bytes never exceed the window, and records never exceed [`MAX_RECORDS`].
 
-use far_proto::guest::{Log, Stream};
+use far_proto::guest::{GuestMessage, Log, Stream, guest_message::Kind};
 use std::collections::VecDeque;
 
 /// Longest data of one record, bytes (the contract's limit).
@@ -73,20 +73,20 @@ struct Backlog {
 }
 
 impl Backlog {
-    fn push(&mut self, data: &[u8], time_unix_ns: u64) {
+    fn push(&mut self, data: Vec<u8>, time_unix_ns: u64) {
         self.bytes += data.len();
         if let Some(tail) = self.records.back_mut()
             && tail.seq > self.offered
             && tail.data.len() + data.len() <= MAX_RECORD
         {
-            tail.data.extend_from_slice(data);
+            tail.data.extend_from_slice(&data);
             return;
         }
         self.last += 1;
         self.records.push_back(Record {
             seq: self.last,
             time_unix_ns,
-            data: data.to_vec(),
+            data,
         });
     }
 
@@ -104,10 +104,10 @@ impl Backlog {
         Ok(())
     }
 
-    fn next(&mut self) -> Option<&Record> {
+    fn next(&mut self) -> Option<&mut Record> {
         let first = self.records.front()?.seq;
         let wanted = (self.sent + 1).max(first);
-        let record = self.records.get(usize::try_from(wanted - first).ok()?)?;
+        let record = self.records.get_mut(usize::try_from(wanted - first).ok()?)?;
         self.sent = record.seq;
         self.offered = self.offered.max(record.seq);
         Some(record)
@@ -139,7 +139,7 @@ impl Outbox {
     }
 
     /// Keeps what was read: 1 byte to [`MAX_RECORD`], at most [`Self::room`].
-    pub(crate) fn push(&mut self, channel: Channel, data: &[u8], time_unix_ns: u64) {
+    pub(crate) fn push(&mut self, channel: Channel, data: Vec<u8>, time_unix_ns: u64) {
         self.streams[channel as usize].push(data, time_unix_ns);
     }
 
@@ -159,15 +159,24 @@ impl Outbox {
         self.streams[channel as usize].forget(seq)
     }
 
-    /// The next record for this connection.
-    pub(crate) fn next(&mut self, channel: Channel) -> Option<Log> {
-        let record = self.streams[channel as usize].next()?;
-        Some(Log {
-            stream: channel.stream() as i32,
-            seq: record.seq,
-            data: record.data.clone(),
-            time_unix_ns: record.time_unix_ns,
-        })
+    /// Lends the next record for this connection to `say`, as a message; `false`: there is none. The data is not copied.
+    pub(crate) fn offer(&mut self, channel: Channel, say: impl FnOnce(&GuestMessage)) -> bool {
+        let Some(record) = self.streams[channel as usize].next() else {
+            return false;
+        };
+        let mut message = GuestMessage {
+            kind: Some(Kind::Log(Log {
+                stream: channel.stream() as i32,
+                seq: record.seq,
+                data: std::mem::take(&mut record.data),
+                time_unix_ns: record.time_unix_ns,
+            })),
+        };
+        say(&message);
+        if let Some(Kind::Log(log)) = &mut message.kind {
+            record.data = std::mem::take(&mut log.data);
+        }
+        true
     }
 
     /// Last number of both streams.
@@ -188,12 +197,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    impl Outbox {
+        fn next(&mut self, channel: Channel) -> Option<Log> {
+            let mut lent = None;
+            self.offer(channel, |message| lent = Some(message.clone()));
+            match lent?.kind? {
+                Kind::Log(log) => Some(log),
+                other => panic!("not a log: {other:?}"),
+            }
+        }
+    }
+
     #[test]
     fn records_are_numbered_from_one_and_sent_once_per_connection() {
         let mut outbox = Outbox::new();
-        outbox.push(Channel::Stdout, b"a", 1);
+        outbox.push(Channel::Stdout, b"a".to_vec(), 1);
         assert_eq!(outbox.next(Channel::Stdout).unwrap().seq, 1);
-        outbox.push(Channel::Stdout, b"b", 2);
+        outbox.push(Channel::Stdout, b"b".to_vec(), 2);
         assert_eq!(outbox.next(Channel::Stdout).unwrap().seq, 2);
         assert_eq!(outbox.next(Channel::Stdout), None);
         assert_eq!(outbox.next(Channel::Stderr), None);
@@ -208,7 +228,7 @@ mod tests {
         let mut outbox = Outbox::new();
         outbox.resume([0, 0], 1).unwrap();
         assert_eq!(outbox.room(Channel::Stdout), 4096, "never below the contract's lowest");
-        outbox.push(Channel::Stdout, &[0; 4096], 0);
+        outbox.push(Channel::Stdout, vec![0; 4096], 0);
         assert_eq!(outbox.room(Channel::Stdout), 0);
         assert_eq!(outbox.room(Channel::Stderr), 4096, "the other stream has its own");
         outbox.next(Channel::Stdout).unwrap();
@@ -220,7 +240,7 @@ mod tests {
     fn single_bytes_cannot_pile_up_without_bound() {
         let mut outbox = Outbox::new();
         while outbox.room(Channel::Stderr) > 0 {
-            outbox.push(Channel::Stderr, b"x", 0);
+            outbox.push(Channel::Stderr, b"x".to_vec(), 0);
             outbox.next(Channel::Stderr);
         }
         assert_eq!(outbox.last(), [0, MAX_RECORDS as u64]);
@@ -229,7 +249,7 @@ mod tests {
     #[test]
     fn a_host_that_is_ahead_or_names_no_stream_is_an_error() {
         let mut outbox = Outbox::new();
-        outbox.push(Channel::Stdout, b"never sent", 0);
+        outbox.push(Channel::Stdout, b"never sent".to_vec(), 0);
         assert_eq!(
             outbox.acknowledge(1, 1),
             Err(OutboxError::Ahead { stored: 1, written: 0 })
@@ -261,8 +281,8 @@ mod tests {
                     0 => {
                         let data: Vec<u8> = (0..size.min(outbox.room(Channel::Stdout))).map(|n| (written.len() + n) as u8).collect();
                         if !data.is_empty() {
-                            outbox.push(Channel::Stdout, &data, 0);
                             written.extend_from_slice(&data);
+                            outbox.push(Channel::Stdout, data, 0);
                         }
                     }
                     1 => in_flight.extend(outbox.next(Channel::Stdout)),

@@ -59,13 +59,12 @@ impl Session<'_> {
             if silent == Channel::BOTH.len() || !self.link.has_room() {
                 break;
             }
-            match self.outbox.next(channel) {
-                Some(log) => {
-                    self.link.queue(&message(Say::Log(log)));
-                    silent = 0;
-                    spoke = true;
-                }
-                None => silent += 1,
+            let link = &mut self.link;
+            if self.outbox.offer(channel, |log| link.queue(log)) {
+                silent = 0;
+                spoke = true;
+            } else {
+                silent += 1;
             }
         }
         if let State::Exited(exit) = &self.state

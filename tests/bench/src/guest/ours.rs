@@ -30,6 +30,8 @@ pub(crate) struct Guest {
     unshare: Child,
     stream: UnixStream,
     decoder: Decoder,
+    /// As far-node has one per connection.
+    buffer: Vec<u8>,
     payload: u32,
 }
 
@@ -65,6 +67,7 @@ impl Guest {
             unshare,
             stream,
             decoder: Decoder::new(),
+            buffer: vec![0; 256 << 10],
             payload: 0,
         };
         ensure!(matches!(guest.next()?, Said::Hello(_)), "the first word is not Hello");
@@ -88,14 +91,16 @@ impl Guest {
     }
 
     fn next(&mut self) -> Result<Said> {
-        let mut buffer = vec![0; 256 << 10];
         loop {
             if let Some(message) = self.decoder.next::<GuestMessage>()? {
                 return message.kind.context("a message without kind");
             }
-            let got = self.stream.read(&mut buffer).context("reading the control stream")?;
+            let got = self
+                .stream
+                .read(&mut self.buffer)
+                .context("reading the control stream")?;
             ensure!(got > 0, "the guest hung up");
-            self.decoder.push(&buffer[..got]);
+            self.decoder.push(&self.buffer[..got]);
         }
     }
 
