@@ -11,7 +11,7 @@ use std::{
 };
 
 use far_api::{
-    FarAgent, FarAgentPool, FarAgentPoolStatus, FarAgentTemplate, POOL_LABEL, RestartPolicy, StartPolicy,
+    FarAgent, FarAgentPool, FarAgentPoolStatus, FarAgentTemplate, LostPolicy, POOL_LABEL, RestartPolicy, StartPolicy,
     UpdateStrategy, pool,
 };
 use far_core::pools::{self, Autoscale, Demand, Stand};
@@ -400,6 +400,7 @@ fn warm_agent(pool: &FarAgentPool, template: &FarAgentTemplate, hash: &str) -> F
     // Its pool replaces it, whatever becomes of it.
     spec.restart_policy = RestartPolicy::Never;
     spec.backoff_limit = None;
+    spec.lost_policy = LostPolicy::Fail;
     spec.ttl_seconds_after_finished = None;
     spec.active_deadline_seconds = None;
     let mut agent = FarAgent::new("", spec);

@@ -5,7 +5,6 @@
 // A panic is a test's report.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)] // Each test program uses a part.
 mod common;
 
 use common::{Node, agent};

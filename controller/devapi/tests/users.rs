@@ -25,7 +25,7 @@ fn object(kind: &str, name: &str, mut parts: Value) -> Value {
 
 /// A service account, and a client that is it.
 async fn account(server: &Server, name: &str) -> Client {
-    let (code, body) = server.post(ACCOUNTS, &json!({"metadata": {"name": name}})).await;
+    let (code, body) = server.post(ACCOUNTS, &object("ServiceAccount", name, json!({}))).await;
     assert_eq!(code, 201, "{body}");
     let (code, body) = server
         .post(&format!("{ACCOUNTS}/{name}/token"), &json!({"spec": {}}))
@@ -87,8 +87,11 @@ async fn a_user_may_what_a_binding_gives_and_nothing_else() {
     assert_eq!(user.get("/apis").await.0, 200);
     assert_eq!(user.get("/version").await.0, 200);
     assert_eq!(user.get("/debug/faults").await.0, 403);
-    let all =
-        json!({"metadata": {"name": "more"}, "rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]});
+    let all = object(
+        "Role",
+        "more",
+        json!({"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}),
+    );
     give(
         &server,
         "roles",

@@ -172,7 +172,6 @@ impl Node {
     }
 
     /// A client for what agents may reach.
-    #[allow(dead_code)] // As above.
     pub(crate) async fn network(&self) -> NetworkClient<Channel> {
         connect_network_unix(&self.at("run/node.sock")).await.unwrap()
     }
@@ -399,7 +398,6 @@ impl Node {
     }
 
     /// Writes a file inside an agent.
-    #[allow(dead_code)] // As above.
     pub(crate) async fn write(&self, uid: &str, path: &str, data: &[u8]) {
         use copy_in_request::Kind;
         let identity = Some(Identity {
@@ -483,7 +481,6 @@ impl Node {
     }
 
     /// Process id of a VM's VMM.
-    #[allow(dead_code)] // As above.
     pub(crate) async fn pid_of_vmm(&self, vm_id: &str) -> i32 {
         self.vmm_status(vm_id).await.vmm_pid.expect("the VMM runs")
     }
