@@ -185,3 +185,60 @@ async fn the_state_stays_locked_until_the_last_blocking_work_is_done() {
     assert_eq!(node.tree("state"), seen, "it wrote without the lock");
     let _ = call.await;
 }
+
+/// The blade's rules vanish beneath far-node: nothing may be connected that nothing keeps in.
+#[tokio::test]
+async fn a_blade_that_cannot_connect_a_microvm_is_a_network_error() {
+    const TEST: &str = "a_blade_that_cannot_connect_a_microvm_is_a_network_error";
+    let Some(mut node) = Node::start(TEST).await else {
+        return;
+    };
+    let Some(()) = node.load_payload().await else { return };
+    let request = agent("first", "payload", None, STEPS, 128);
+    node.client().ensure_agent(request).await.unwrap();
+    let state = node.until("first", |state| state.phase() == Phase::Running).await;
+    let resources = state.resources.unwrap();
+    if !resources.nic {
+        eprintln!("SKIPPED {TEST}: {}", resources.no_nic_reason);
+        return;
+    }
+    // Its VMM is in the guests' network namespace.
+    let vmm = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let vmm = vmm
+        .filter(|path| std::fs::read_link(path.join("exe")).is_ok_and(|exe| exe.to_string_lossy().contains("qemu")))
+        .find(|path| {
+            let line = std::fs::read(path.join("cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(&state.vm_id)
+        });
+    let Some(vmm) = vmm else {
+        eprintln!("SKIPPED {TEST}: the VMM is not QEMU");
+        return;
+    };
+    let flushed = std::process::Command::new("nsenter")
+        .arg(format!("--net={}", vmm.join("ns/net").display()))
+        .args(["nft", "flush", "ruleset"])
+        .output();
+    let Ok(flushed) = flushed else {
+        eprintln!("SKIPPED {TEST}: nsenter");
+        return;
+    };
+    let error = String::from_utf8_lossy(&flushed.stderr);
+    if error.contains("No such file") {
+        eprintln!("SKIPPED {TEST}: nft");
+        return;
+    }
+    assert!(flushed.status.success(), "{error}");
+    node.client()
+        .ensure_agent(agent("second", "payload", None, STEPS, 128))
+        .await
+        .unwrap();
+    let state = node.until("second", |state| state.phase() == Phase::Ended).await;
+    let end = state.end.unwrap();
+    assert_eq!(
+        (end.reason(), end.exit_code, end.signal),
+        (EndReason::NetworkError, None, None),
+        "{}",
+        node.report()
+    );
+    assert!(end.message.contains("spec.network"), "{}", end.message);
+}

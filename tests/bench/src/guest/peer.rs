@@ -136,7 +136,8 @@ impl Tonic {
             .arg("--socket")
             .arg(&socket)
             .spawn()?;
-        until("the peer's socket", || socket.exists().then_some(()))?;
+        // It is there a moment before it listens.
+        until("the peer's socket", || std::os::unix::net::UnixStream::connect(&socket).ok())?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(connect(socket))?;
         Ok(Self {
