@@ -37,8 +37,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Longest token that is looked at, bytes; those of service accounts have about 1,000.
 const MAX_TOKEN: usize = 16 * 1024;
 
-/// A user as TokenReview tells of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A user as TokenReview tells of it. All of it counts: two tokens of one name may differ in groups and scopes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct User {
     pub(crate) name: String,
     uid: Option<String>,
@@ -100,7 +100,7 @@ pub(crate) struct Access {
     audiences: Vec<String>,
     known: Mutex<Recent<[u8; 32], Arc<User>>>,
     unknown: Mutex<Recent<[u8; 32], ()>>,
-    allowed: Mutex<Recent<(String, Action, Scope), ()>>,
+    allowed: Mutex<Recent<(User, Action, Scope), ()>>,
     questions: Semaphore,
     waiting: AtomicUsize,
     metrics: Metrics,
@@ -176,7 +176,7 @@ impl Access {
     /// # Errors
     /// PERMISSION_DENIED: no; UNAVAILABLE: the API does not say.
     pub(crate) async fn check(&self, user: &User, action: Action, scope: &Scope) -> Result<(), Status> {
-        let key = (user.name.clone(), action, scope.clone());
+        let key = (user.clone(), action, scope.clone());
         if lock(&self.allowed).get(&key, Instant::now()).is_some() {
             return Ok(());
         }
