@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use far_testkit::{find, servers::ControlPlane};
 use kube::{
     Api, Client,
-    api::{ApiResource, DynamicObject, PostParams},
+    api::{ApiResource, DynamicObject, Patch, PatchParams, PostParams},
     core::GroupVersionKind,
 };
 use serde_json::{Value, json};
@@ -98,6 +98,10 @@ impl Pods {
             let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{number}")},
                 "status": {"capacity": room, "allocatable": room}});
             api.create(&PostParams::default(), &serde_json::from_value(node)?)
+                .await?;
+            // Set at the creation of every node, and taken off by a controller that has no part in this.
+            let taints = Patch::Merge(json!({"spec": {"taints": null}}));
+            api.patch(&format!("node-{number}"), &PatchParams::default(), &taints)
                 .await?;
         }
         let arm = Arm {
