@@ -208,6 +208,7 @@ async fn an_agent_made_before_a_crash_is_taken_up_and_anothers_is_left_alone() {
     .await;
     assert_eq!((&status["phase"], &status["attempts"]), (&json!("Pending"), &json!(0)));
     assert_eq!(cluster.agents().get("taken-1").await.unwrap().uid(), strange.uid());
+    on_blade(&cluster, &blade, "mine-1").await;
     assert_eq!(blade.fake.most_boots(), 1);
 }
 
