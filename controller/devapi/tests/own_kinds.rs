@@ -38,6 +38,10 @@ async fn the_projects_crds_are_accepted_and_its_examples_apply() {
                 "ConfigMap" => "/api/v1/namespaces/default/configmaps",
                 "Secret" => "/api/v1/namespaces/default/secrets",
                 "FarAgent" => "/apis/tiffany.dev/v1/namespaces/default/faragents",
+                "FarAgentTemplate" => "/apis/tiffany.dev/v1alpha1/namespaces/default/faragenttemplates",
+                "FarAgentPool" => "/apis/tiffany.dev/v1alpha1/namespaces/default/faragentpools",
+                "FarQueue" => "/apis/tiffany.dev/v1alpha1/namespaces/default/farqueues",
+                "FarTask" => "/apis/tiffany.dev/v1alpha1/namespaces/default/fartasks",
                 other => panic!("{}: no path is known for {other}", path.display()),
             };
             // Twice: what a user applies again changes nothing.
