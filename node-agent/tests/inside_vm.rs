@@ -155,7 +155,15 @@ async fn a_killed_far_node_ends_programs_and_the_next_one_runs_new_ones() {
     node.kill_and_restart().await;
     assert!(to_exit(call).await.is_err(), "nothing is made up about its end");
     let client = node.inside().await;
-    let call = exec(&client, "kept", &["out=again", "exit=5"]).await.unwrap();
+    // The guest dials again when it notices: until then callers are told to try again.
+    let begun = std::time::Instant::now();
+    let call = loop {
+        match exec(&client, "kept", &["out=again", "exit=5"]).await {
+            Ok(call) => break call,
+            Err(status) if status.code() == Code::Unavailable && begun.elapsed() < LIMIT => {}
+            Err(status) => panic!("{status}"),
+        }
+    };
     assert_eq!(to_exit(call).await.unwrap(), ("again\n".to_owned(), How::Code(5)));
     until_alone(&client, "kept").await;
     node.stop().await;

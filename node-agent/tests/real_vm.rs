@@ -370,7 +370,7 @@ async fn a_guest_has_a_nic_or_the_status_says_why_not() {
         assert_eq!(resources.nic, resources.no_nic_reason.is_empty(), "{resources:?}");
         assert!(may_have_one || !resources.nic);
         let output = node.output("nic").await;
-        assert_eq!(output.contains("100.64.0."), resources.nic, "{output}\n{state:#?}");
+        assert_eq!(output.contains("169.254.77.2"), resources.nic, "{output}\n{state:#?}");
         eprintln!("nic: {} {}", resources.nic, resources.no_nic_reason);
         node.until_nothing_is_left(&state.vm_id).await;
     }

@@ -151,6 +151,14 @@ async fn run(
     let _ = tell(SessionEvent::Closed(violation)).await;
 }
 
+/// What the guest is answered without anybody else being asked.
+enum Answer {
+    /// Its output is kept up to here.
+    Stored(Stored),
+    /// It lives, and so does the connection.
+    Heard,
+}
+
 fn locked(protocol: &Mutex<Protocol>) -> std::sync::MutexGuard<'_, Protocol> {
     protocol.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -160,7 +168,7 @@ async fn read_all<F>(
     mut decoder: Decoder,
     (protocol, channels): (&Mutex<Protocol>, &Channels),
     log: &LogSink,
-    acks: mpsc::Sender<Stored>,
+    acks: mpsc::Sender<Answer>,
     tell: &impl Fn(SessionEvent) -> F,
 ) -> Option<Violation>
 where
@@ -205,9 +213,13 @@ where
         }
         if !output.is_empty() {
             let stored = log.append(output).await;
-            if acks.send(stored).await.is_err() {
+            if acks.send(Answer::Stored(stored)).await.is_err() {
                 return None;
             }
+        }
+        let has_beaten = others.iter().any(|event| matches!(event, SessionEvent::Heartbeat(_)));
+        if has_beaten && acks.send(Answer::Heard).await.is_err() {
+            return None;
         }
         for event in others {
             tell(event).await.ok()?;
@@ -236,7 +248,7 @@ async fn write_all(
     mut write: OwnedWriteHalf,
     welcome: HostMessage,
     mut inbox: mpsc::Receiver<Vec<HostMessage>>,
-    mut acks: mpsc::Receiver<Stored>,
+    mut acks: mpsc::Receiver<Answer>,
     protocol: &Mutex<Protocol>,
     (channels, mut data): (&Channels, mpsc::Receiver<HostMessage>),
 ) {
@@ -250,9 +262,17 @@ async fn write_all(
         }
         tokio::select! {
             biased;
-            Some(mut stored) = acks.recv() => {
-                while let Ok(newer) = acks.try_recv() {
-                    stored = newer;
+            Some(first) = acks.recv() => {
+                let (mut stored, mut has_beaten) = (told, false);
+                for answer in std::iter::once(first).chain(std::iter::from_fn(|| acks.try_recv().ok())) {
+                    match answer {
+                        Answer::Stored(newer) => stored = newer,
+                        Answer::Heard => has_beaten = true,
+                    }
+                }
+                if has_beaten {
+                    let heard = HostMessage { kind: Some(Kind::Heard(guest::Heard {})) };
+                    frame::encode(&heard, &mut frames);
                 }
                 for (stream, wire) in [(Stream::Stdout, guest::Stream::Stdout), (Stream::Stderr, guest::Stream::Stderr)] {
                     if stored.of(stream) != told.of(stream) {

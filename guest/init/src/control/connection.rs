@@ -53,6 +53,8 @@ pub(crate) enum LinkError {
     Frame(#[from] FrameError),
     #[error("the blade did not answer Hello within {} s", WELCOME_LIMIT.as_secs())]
     NoWelcome,
+    #[error("nothing came from the blade any more, not even answers to heartbeats")]
+    Silent,
 }
 
 enum Endpoint {
@@ -73,6 +75,18 @@ struct Up {
     out: Vec<u8>,
     written: usize,
     welcome_by: Option<Instant>,
+    /// When bytes came last.
+    heard_at: Instant,
+    /// How long a blade that answers heartbeats may say nothing; `None`: for ever.
+    silence: Option<Duration>,
+}
+
+impl Up {
+    /// When the connection counts as dead. Not while it is not read from.
+    fn silent_at(&self) -> Option<Instant> {
+        let is_read = self.out.len() - self.written < HEAR_LIMIT;
+        self.silence.filter(|_| is_read).map(|limit| self.heard_at + limit)
+    }
 }
 
 /// What [`Link::advance`] found.
@@ -133,7 +147,7 @@ impl Link {
         match &self.state {
             State::Down { retry_at } => Some(*retry_at),
             State::Connecting { .. } => None,
-            State::Up(up) => up.welcome_by,
+            State::Up(up) => [up.welcome_by, up.silent_at()].into_iter().flatten().min(),
         }
     }
 
@@ -172,6 +186,9 @@ impl Link {
                 if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
                     return Progress::Readable;
                 }
+                if up.silent_at().is_some_and(|limit| limit <= now) {
+                    return Progress::Lost(LinkError::Silent);
+                }
                 Progress::Nothing
             }
         }
@@ -184,6 +201,8 @@ impl Link {
             out: Vec::new(),
             written: 0,
             welcome_by: Some(now + WELCOME_LIMIT),
+            heard_at: now,
+            silence: None,
         }));
         Progress::Connected
     }
@@ -193,6 +212,13 @@ impl Link {
         self.backoff = FIRST_BACKOFF;
         if let State::Up(up) = &mut self.state {
             up.welcome_by = None;
+        }
+    }
+
+    /// The blade answers heartbeats: from now on it is not silent for longer than this.
+    pub(crate) fn expect_answers(&mut self, within: Duration) {
+        if let State::Up(up) = &mut self.state {
+            up.silence = Some(within);
         }
     }
 
@@ -251,6 +277,7 @@ impl Link {
             Ok(bytes) if bytes.is_empty() => Err(LinkError::Closed),
             Ok(bytes) => {
                 up.decoder.push(&bytes);
+                up.heard_at = Instant::now();
                 Ok(())
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),

@@ -23,6 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// A blade that answers heartbeats is never taken for dead sooner: it may be busy.
+const SILENCE: Duration = Duration::from_secs(10);
 /// Range of the heartbeat interval, ms (the contract's limits).
 const HEARTBEAT_MS: (u32, u32) = (100, 60_000);
 /// Latest wall clock, ns since the Unix epoch: year 2262, as far as the kernel counts.
@@ -76,6 +78,12 @@ impl Session<'_> {
             Heard::FileChunk(chunk) => self.take_chunk(chunk),
             Heard::Start(guest::Start {}) => self.start(),
             Heard::LogAck(ack) => Ok(self.outbox.acknowledge(ack.stream, ack.seq)?),
+            Heard::Heard(guest::Heard {}) => {
+                if let Some(beat) = self.said.heartbeat {
+                    self.link.expect_answers((beat.every * 3).max(SILENCE));
+                }
+                Ok(())
+            }
             Heard::ExitAck(guest::ExitAck {}) => {
                 // Only an answer to an Exit that was sent ends the VM.
                 self.done |= self.said.exit;

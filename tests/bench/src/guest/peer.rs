@@ -137,7 +137,9 @@ impl Tonic {
             .arg(&socket)
             .spawn()?;
         // It is there a moment before it listens.
-        until("the peer's socket", || std::os::unix::net::UnixStream::connect(&socket).ok())?;
+        until("the peer's socket", || {
+            std::os::unix::net::UnixStream::connect(&socket).ok()
+        })?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(connect(socket))?;
         Ok(Self {
