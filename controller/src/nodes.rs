@@ -75,7 +75,7 @@ impl Nodes {
 
     fn apply(&self, node: &FarNode, open: &mut HashMap<String, (String, CancellationToken)>, tasks: &mut JoinSet<()>) {
         let name = node.name_any();
-        self.registry.expect(&name);
+        self.registry.expect(node);
         self.world.observe_node(node);
         if let Some(condition) = registry::untold_drain(node) {
             let (client, told) = (self.client.clone(), node.clone());

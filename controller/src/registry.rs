@@ -64,6 +64,8 @@ struct Known {
     written: Option<FarNodeStatus>,
     /// Written as not ready.
     lost: bool,
+    /// How often the API said something else than `written`.
+    doubts: u64,
     /// Changes that may still be written, as of then: a blade must not make the API write without an end.
     changes: (f64, Instant),
 }
@@ -75,6 +77,7 @@ impl Known {
             leased: None,
             written: None,
             lost: false,
+            doubts: 0,
             changes: (CHANGES, Instant::now()),
         }
     }
@@ -108,10 +111,24 @@ impl Registry {
         work(&mut self.blades.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The API has this blade: from now on it must be heard of.
-    pub(crate) fn expect(&self, blade: &str) {
+    /// The API tells of this blade: from now on it must be heard of. Where the API says something else than was written here
+    /// last (a controller that was deposed, a reply that got lost, a person), the next heartbeat writes it again.
+    pub(crate) fn expect(&self, node: &FarNode) {
+        let told = node.status.clone().unwrap_or_default();
+        let is_ready = told
+            .conditions
+            .iter()
+            .any(|one| one.type_ == "Ready" && one.status == "True");
+        let told = FarNodeStatus {
+            conditions: Vec::new(),
+            ..told
+        };
         self.with(|blades| {
-            blades.entry(blade.to_owned()).or_insert_with(Known::new);
+            let known = blades.entry(node.name_any()).or_insert_with(Known::new);
+            if !is_ready || known.written.as_ref() != Some(&told) {
+                known.written = None;
+                known.doubts += 1;
+            }
         });
     }
 
@@ -123,7 +140,7 @@ impl Registry {
     /// A heartbeat of `blade`.
     pub(crate) async fn heartbeat(&self, blade: &str, request: HeartbeatRequest) -> Result<(), HeartbeatError> {
         let wanted = status_of(request).map_err(HeartbeatError::Invalid)?;
-        let (must_write, must_lease) = self.with(|blades| {
+        let (must_write, must_lease, doubts) = self.with(|blades| {
             if blades.len() >= MAX_BLADES && !blades.contains_key(blade) {
                 return Err(HeartbeatError::Invalid(format!(
                     "{MAX_BLADES} blades are known already"
@@ -138,7 +155,7 @@ impl Registry {
                     blade: blade.to_owned(),
                 });
             }
-            Ok((must_write, must_lease))
+            Ok((must_write, must_lease, known.doubts))
         })?;
         let failed = |source| HeartbeatError::Write {
             blade: blade.to_owned(),
@@ -148,7 +165,9 @@ impl Registry {
             self.write(blade, &wanted).await.map_err(failed)?;
             self.with(|blades| {
                 if let Some(known) = blades.get_mut(blade) {
-                    (known.written, known.lost) = (Some(wanted), false);
+                    // What the API said meanwhile may have come after this write.
+                    known.written = Some(wanted).filter(|_| known.doubts == doubts);
+                    known.lost = false;
                 }
             });
         }
@@ -294,7 +313,11 @@ fn manager() -> PatchParams {
 
 async fn patch(api: &Api<FarNode>, blade: &str, old: &FarNodeStatus, new: &FarNodeStatus) -> Result<(), kube::Error> {
     let value = |status: &FarNodeStatus| serde_json::to_value(status).map_err(kube::Error::SerdeError);
-    let body = json!({ "status": difference(&value(old)?, &value(new)?) });
+    let difference = difference(&value(old)?, &value(new)?);
+    if difference == json!({}) {
+        return Ok(());
+    }
+    let body = json!({ "status": difference });
     api.patch_status(blade, &manager(), &Patch::Merge(body)).await.map(drop)
 }
 

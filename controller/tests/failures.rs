@@ -101,6 +101,25 @@ async fn agents_of_a_lost_blade_are_unknown_and_known_again_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_another_writes_about_a_blade_that_is_heard_of_is_put_right() {
+    let cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(8000, 8192)).await;
+    cluster.wait_ready("b1", "True").await;
+    // As a controller does that slept through the end of its lease.
+    let node = cluster.nodes().get("b1").await.unwrap();
+    let mut conditions = serde_json::to_value(node.status.unwrap().conditions).unwrap();
+    conditions[0]["status"] = json!("Unknown");
+    for status in [json!({ "conditions": conditions }), json!({"endpoint": "127.0.0.1:1"})] {
+        let patch = kube::api::Patch::Merge(json!({ "status": status }));
+        let nodes = cluster.nodes();
+        nodes.patch_status("b1", &Default::default(), &patch).await.unwrap();
+    }
+    cluster.wait_ready("b1", "True").await;
+    let uid = cluster.create("works", json!({"image": "a"})).await.uid().unwrap();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_on_a_blade_that_never_comes_back_is_released_after_the_fence_time_only() {
     let cluster = Cluster::start_with(|config| {
         config.node_lost_after = Duration::from_secs(1);
