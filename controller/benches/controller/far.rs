@@ -98,7 +98,8 @@ impl Far {
             object: agent,
             is_placed: |agent| agent["status"]["nodeName"].is_string(),
             has_ended: |agent| agent["status"]["phase"] == "Completed",
-            resource: "faragents",
+            resources: &["faragents"],
+            leaves: None,
             placer: controller.id(),
         };
         Ok(Self {

@@ -31,8 +31,10 @@ pub(crate) struct Arm {
     pub(crate) object: fn(&str) -> Value,
     pub(crate) is_placed: fn(&Value) -> bool,
     pub(crate) has_ended: fn(&Value) -> bool,
-    /// Plural of what is counted as this arm's objects.
-    pub(crate) resource: &'static str,
+    /// Plurals of what is counted as this arm's objects; the first is its own kind.
+    pub(crate) resources: &'static [&'static str],
+    /// What is left of its objects when they are deleted: this goes with them.
+    pub(crate) leaves: Option<Api<DynamicObject>>,
     /// Who places them.
     pub(crate) placer: u32,
 }
@@ -55,7 +57,7 @@ impl Arm {
         ready: tokio::sync::oneshot::Sender<()>,
     ) -> Result<HashMap<String, Instant>> {
         let list = self.api.list(&ListParams::default().limit(1)).await?;
-        let version = list.metadata.resource_version.unwrap_or_default();
+        let mut version = list.metadata.resource_version.unwrap_or_default();
         // The server ends a watch after this; what the benches do is shorter.
         let params = WatchParams::default().timeout(290);
         let mut events = self.api.watch(&params, &version).await?.boxed();
@@ -65,13 +67,15 @@ impl Arm {
             match events.try_next().await? {
                 Some(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
                     let name = object.metadata.name.clone().unwrap_or_default();
+                    version = object.metadata.resource_version.clone().unwrap_or(version);
                     if !seen.contains_key(&name) && is(&serde_json::to_value(&object)?) {
                         seen.insert(name, Instant::now());
                     }
                 }
-                Some(WatchEvent::Error(error)) => bail!("the watch failed: {error:?}"),
+                Some(WatchEvent::Error(error)) => bail!("the watch of {} failed: {error:?}", self.resources[0]),
                 Some(WatchEvent::Deleted(_) | WatchEvent::Bookmark(_)) => {}
-                None => bail!("the watch ended with {} of {count} seen", seen.len()),
+                // The server ends the watches of a kind whose definition it takes up anew.
+                None => events = self.api.watch(&params, &version).await?.boxed(),
             }
         }
         Ok(seen)
@@ -102,7 +106,7 @@ impl Arm {
         let watch = self.watch(count, self.is_placed, ready);
         let (seen, _) = tokio::time::timeout(PATIENCE, async { tokio::try_join!(watch, load) })
             .await
-            .with_context(|| format!("{count} {} were not placed", self.resource))??;
+            .with_context(|| format!("{count} {} were not placed", self.resources[0]))??;
         let begun = begun.lock().expect("nobody panics with it");
         let mut latencies: Vec<f64> = seen
             .iter()
@@ -164,8 +168,12 @@ impl Arm {
                     grace_period_seconds: Some(0),
                     ..DeleteParams::default()
                 };
-                self.api.delete_collection(&params, &ListParams::default()).await?;
-                if self.api.list(&ListParams::default().limit(1)).await?.items.is_empty() {
+                let mut are_gone = true;
+                for api in std::iter::once(&self.api).chain(&self.leaves) {
+                    api.delete_collection(&params, &ListParams::default()).await?;
+                    are_gone &= api.list(&ListParams::default().limit(1)).await?.items.is_empty();
+                }
+                if are_gone {
                     return anyhow::Ok(());
                 }
                 tokio::time::sleep(Duration::from_millis(300)).await;
@@ -189,7 +197,7 @@ impl Arm {
                 .next()
                 .and_then(|number| number.parse().ok())
                 .unwrap_or(0.0);
-            if has("resource", self.resource) {
+            if self.resources.iter().any(|one| has("resource", one)) {
                 own += count;
             } else if has("resource", "events") {
                 events += count;

@@ -1,7 +1,7 @@
-//! The controller against kube-scheduler with kwok, in turn on one real kube-apiserver: `make bench-controller`.
+//! The controller against kube-scheduler and against the agent-sandbox controller, both with kwok, in turn on one real
+//! kube-apiserver: `make bench-controller`.
 //!
-//! The defaults take some minutes; `--full` are the sizes of the project's goals. The agent-sandbox controller is named as a
-//! peer that is not installed: no build of it is to be had by the ways this repository builds.
+//! The defaults take some minutes; `--full` are the sizes of the project's goals.
 #![allow(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -17,6 +17,7 @@ mod pods;
 #[path = "../../../tests/bench/src/report.rs"]
 #[allow(dead_code, unused_imports)] // Shared with the other benches; its tests run with them.
 mod report;
+mod sandboxes;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
@@ -31,6 +32,7 @@ use report::{Goal, Row};
 use crate::{
     far::Far,
     pods::Pods,
+    sandboxes::Sandboxes,
     support::{Cluster, server::Server},
 };
 
@@ -64,6 +66,9 @@ struct Sizes {
     /// The sizes of the goals: 1,000 and 50,000 existing agents, then 100,000 of them and 10,000 blades.
     #[arg(long)]
     full: bool,
+    /// Keeps the servers' data and logs.
+    #[arg(long)]
+    keep: bool,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -114,26 +119,38 @@ async fn main() -> Result<()> {
         (sizes.agents, sizes.few, sizes.many, sizes.known_blades) = (2_000, 1_000, 50_000, 10_000);
         held = 100_000;
     }
-    let dir = tempfile::tempdir()?;
+    let mut dir = tempfile::tempdir()?;
+    dir.disable_cleanup(sizes.keep);
+    if sizes.keep {
+        eprintln!("data and logs: {}", dir.path().display());
+    }
     let server = Server::real(dir.path(), &[Part::Scheduler]).await;
     let cluster = Cluster::on(dir, server).await;
-    let pods = {
+    let (pods, sandboxes) = {
         let Server::Real(plane) = &cluster.api else {
             unreachable!("a real one was asked for")
         };
-        Pods::start(plane, &cluster.client, cluster.dir.path(), sizes.blades).await?
+        let pods = Pods::start(plane, &cluster.client, cluster.dir.path(), sizes.blades).await?;
+        let sandboxes = Sandboxes::start(plane, &cluster.client, cluster.dir.path()).await;
+        (pods, sandboxes)
     };
+    if let Err(error) = &sandboxes {
+        eprintln!("SKIPPED agent-sandbox: {error:#}");
+    }
     let mut far = Far::start(cluster, sizes.blades).await?;
 
     let mut rounds = Vec::new();
     for round in 0..sizes.rounds {
         eprintln!("round {} of {}", round + 1, sizes.rounds);
-        rounds.push((
-            load(&far.arm, &sizes, round).await?,
-            load(&pods.arm, &sizes, round).await?,
-        ));
+        let ours = load(&far.arm, &sizes, round).await?;
+        let scheduler = load(&pods.arm, &sizes, round).await?;
+        let sandbox = match &sandboxes {
+            Ok(sandboxes) => Some(load(&sandboxes.arm, &sizes, round).await?),
+            Err(_) => None,
+        };
+        rounds.push((ours, scheduler, sandbox));
     }
-    drop(pods);
+    drop((pods, sandboxes));
 
     eprintln!("latency with {} and with {} existing agents", sizes.few, sizes.many);
     let mut growth = Vec::new();
@@ -158,12 +175,19 @@ async fn main() -> Result<()> {
     let memory = far.memory_mib()?;
 
     let both = |ours: fn(&Load) -> f64| -> Vec<(f64, Option<f64>)> {
-        rounds.iter().map(|(far, pods)| (ours(far), Some(ours(pods)))).collect()
+        rounds
+            .iter()
+            .map(|(far, pods, _)| (ours(far), Some(ours(pods))))
+            .collect()
     };
-    let alone = |ours: fn(&Load) -> f64| -> Vec<(f64, Option<f64>)> {
-        rounds.iter().map(|(far, _)| (ours(far), None)).collect()
+    let with_sandbox = |ours: fn(&Load) -> f64| -> Vec<(f64, Option<f64>)> {
+        rounds
+            .iter()
+            .map(|(far, _, sandbox)| (ours(far), sandbox.as_ref().map(ours)))
+            .collect()
     };
     let scheduler = Some("kube-scheduler v1.36.3 with kwok v0.8.0");
+    let sandbox = Some("agent-sandbox v0.5.6 with kube-scheduler and kwok");
     let rate = sizes.rate;
     let rows = [
         Row::of(
@@ -233,10 +257,31 @@ async fn main() -> Result<()> {
             Some(Goal::AtMost(10.0)),
         ),
         Row::of(
-            "placer's CPU for 1,000 agents",
+            "controller's CPU for 1,000 agents",
             "CPU s",
-            alone(|one| one.cpu),
-            Some("agent-sandbox controller"),
+            with_sandbox(|one| one.cpu),
+            sandbox,
+            Some(Goal::RatioAtMost(1.0)),
+        ),
+        Row::of(
+            "writes to an agent and its Pod, create to end",
+            "writes",
+            with_sandbox(|one| one.writes),
+            sandbox,
+            None,
+        ),
+        Row::of(
+            &format!("create to a blade known at {rate}/s, p50"),
+            "ms",
+            with_sandbox(|one| one.p50),
+            sandbox,
+            None,
+        ),
+        Row::of(
+            &format!("create to a blade known at {rate}/s, p99"),
+            "ms",
+            with_sandbox(|one| one.p99),
+            sandbox,
             None,
         ),
     ];

@@ -110,7 +110,8 @@ impl Pods {
             object: pod,
             is_placed: |pod| pod["spec"]["nodeName"].is_string(),
             has_ended: |pod| pod["status"]["phase"] == "Succeeded",
-            resource: "pods",
+            resources: &["pods"],
+            leaves: None,
             placer: scheduler,
         };
         Ok(Self { arm, kwok })
