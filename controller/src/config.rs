@@ -82,7 +82,7 @@ pub struct Config {
     #[arg(long, default_value = "10", value_parser = seconds)]
     pub task_backoff: Duration,
     /// Agents worked on at the same time.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub concurrency: u16,
     /// Which of the blades that will do is better: spread (the emptiest) or binpack (the fullest).
     #[arg(long, env = "FAR_PACKING", default_value = "spread", value_parser = packing)]
@@ -121,7 +121,7 @@ impl Config {
             certificate_life: Duration::from_secs(86_400),
             lease_duration: Duration::from_secs(15),
             task_backoff: Duration::from_secs(10),
-            concurrency: 32,
+            concurrency: 128,
             packing: Packing::Spread,
             seed: None,
         }

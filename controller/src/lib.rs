@@ -32,6 +32,7 @@ mod leader;
 mod links;
 mod metrics;
 mod nodes;
+mod pace;
 mod pages;
 mod pools;
 mod queue;

@@ -130,7 +130,7 @@ impl Links {
                     ended.message()
                 );
                 tracing::error!(blade, note, "a blade is not trusted");
-                self.events.warn_of_blade(blade, "NotTrusted", &note).await;
+                self.events.warn_of_blade(blade, "NotTrusted", &note);
                 tokio::time::sleep(DISTRUST).await;
                 // Of calls that were under way: they count for the time that is over.
                 let _ = distrusted.notified().now_or_never();

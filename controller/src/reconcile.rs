@@ -29,6 +29,7 @@ use crate::{
     convert,
     events::Events,
     leader::Doubts,
+    pace::Pace,
     queue::Action,
     rules, status_writer,
     world::{View, World},
@@ -36,12 +37,12 @@ use crate::{
 
 /// Steps of one pass: place, ensure, tell and their like. More than these means that something turns in a circle.
 const MAX_STEPS: usize = 8;
-/// Between two writes of a status that is not final: changes in between are told together.
-const COALESCE: Duration = Duration::from_millis(250);
 /// A safety net where a change should wake the agent anyway.
 const RECHECK: Duration = Duration::from_secs(60);
 /// While waiting for a blade to come back, for a missing Secret, or for room after a refusal.
 const WAITING: Duration = Duration::from_secs(3);
+/// A safety net for agents that wait for room: there may be as many as agents at all, and each look costs a search.
+const IN_LINE: Duration = Duration::from_secs(300);
 /// After a failed call or write.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -59,6 +60,7 @@ pub(crate) struct Context {
     pub(crate) nodes_known: CancellationToken,
     /// From the first failure of an agent until its next attempt.
     pub(crate) first_delay: Duration,
+    pub(crate) pace: Pace,
 }
 
 /// Why a pass failed.
@@ -247,8 +249,7 @@ impl Pass<'_> {
                 );
                 self.context
                     .events
-                    .say(&self.agent, EventType::Warning, "ReleasedUnconfirmed", &note)
-                    .await;
+                    .say(&self.agent, EventType::Warning, "ReleasedUnconfirmed", &note);
                 self.release().await
             }
         }
@@ -273,10 +274,13 @@ impl Pass<'_> {
                 let written = self.learn(status, &Fact::Unschedulable(&message)).await;
                 self.context
                     .events
-                    .say(&self.agent, EventType::Warning, "FailedScheduling", &message)
-                    .await;
+                    .say(&self.agent, EventType::Warning, "FailedScheduling", &message);
                 written?;
-                Ok(Next::Rest(Action::requeue(WAITING * 5)))
+                // It stands in line and hears of whatever may help it; only its deadline comes by time alone.
+                let left = self.rules().deadline_left(status.active_since);
+                let left = left.and_then(|left| u64::try_from(left).ok()).map(Duration::from_secs);
+                let recheck = IN_LINE.mul_f64(rand::random_range(0.8..1.2));
+                Ok(Next::Rest(Action::requeue(left.unwrap_or(recheck).min(recheck))))
             }
             Ok(blade) => {
                 let placed = self.write_intent(status, &Fact::Placed { blade: &blade }).await;
@@ -287,8 +291,7 @@ impl Pass<'_> {
                 let note = format!("placed on blade {blade}");
                 self.context
                     .events
-                    .say(&self.agent, EventType::Normal, "Scheduled", &note)
-                    .await;
+                    .say(&self.agent, EventType::Normal, "Scheduled", &note);
                 self.say_cold().await;
                 Ok(Next::Again)
             }
@@ -327,8 +330,7 @@ impl Pass<'_> {
                 self.learn(status, &fact).await?;
                 context
                     .events
-                    .say(&self.agent, EventType::Warning, "ReferenceMissing", &message)
-                    .await;
+                    .say(&self.agent, EventType::Warning, "ReferenceMissing", &message);
                 return Ok(Next::Rest(Action::requeue(WAITING)));
             }
             Err(SpecError::Invalid(message)) => return self.learn(status, &Fact::Rejected { message: &message }).await,
@@ -394,10 +396,7 @@ impl Pass<'_> {
         context
             .world
             .unplace(&self.uid, status.claimed.is_none().then_some(blade));
-        context
-            .events
-            .say(&self.agent, EventType::Warning, "Refused", message)
-            .await;
+        context.events.say(&self.agent, EventType::Warning, "Refused", message);
         Ok(Next::Again)
     }
 
@@ -408,7 +407,7 @@ impl Pass<'_> {
         }
         let since = self.context.world.since_written(&self.uid);
         if let Some(left) = since
-            .and_then(|since| COALESCE.checked_sub(since))
+            .and_then(|since| self.context.pace.between_writes().checked_sub(since))
             // An end is told at once.
             .filter(|_| !next.is_final() && next.node.is_some())
         {
@@ -425,6 +424,7 @@ impl Pass<'_> {
         }
         let generation = self.agent.metadata.generation.unwrap_or(0);
         let body = convert::status_to_api(&next, self.agent.status.as_ref(), generation, Timestamp::now());
+        self.context.pace.count();
         let written = status_writer::write(&self.context.client, &self.agent, &body).await;
         let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
         self.context.world.observe(&agent, true);
@@ -438,16 +438,14 @@ impl Pass<'_> {
         let events = &self.context.events;
         if next.restarts > status.restarts {
             let why = next.message.as_deref().unwrap_or_default();
-            events.say(&self.agent, EventType::Warning, "Retrying", why).await;
+            events.say(&self.agent, EventType::Warning, "Retrying", why);
         }
         if phase == before {
             return;
         }
         // A short life may be told in one write; that it started is still worth an event.
         if next.is_final() && before != Phase::Running && before != Phase::Unknown && next.started_at.is_some() {
-            events
-                .say(&self.agent, EventType::Normal, "Started", "the program runs")
-                .await;
+            events.say(&self.agent, EventType::Normal, "Started", "the program runs");
         }
         let why = format!(
             "{}: {}",
@@ -455,18 +453,10 @@ impl Pass<'_> {
             next.message.as_deref().unwrap_or_default()
         );
         match phase {
-            Phase::Running => {
-                events
-                    .say(&self.agent, EventType::Normal, "Started", "the program runs")
-                    .await
-            }
-            Phase::Completed => {
-                events
-                    .say(&self.agent, EventType::Normal, "Completed", "ended with exit code 0")
-                    .await
-            }
-            Phase::Failed => events.say(&self.agent, EventType::Warning, "Failed", &why).await,
-            Phase::Unknown => events.say(&self.agent, EventType::Warning, "NodeLost", &why).await,
+            Phase::Running => events.say(&self.agent, EventType::Normal, "Started", "the program runs"),
+            Phase::Completed => events.say(&self.agent, EventType::Normal, "Completed", "ended with exit code 0"),
+            Phase::Failed => events.say(&self.agent, EventType::Warning, "Failed", &why),
+            Phase::Unknown => events.say(&self.agent, EventType::Warning, "NodeLost", &why),
             Phase::Pending | Phase::Scheduled | Phase::Starting | Phase::Sleeping => {}
         }
         tracing::info!(

@@ -16,13 +16,12 @@ use crate::{
     Config, agents,
     blades::BladeApi,
     ca::Ca,
-    door,
-    events::Events,
-    files, gateway, install,
+    door, events, files, gateway, install,
     leader::{Doubts, Elector, Holder, Lead},
     links::{Credentials, Links},
     metrics::Metrics,
     nodes::Nodes,
+    pace::Pace,
     pages::{Pages, Told, Works},
     pools::Pools,
     reconcile::Context,
@@ -299,7 +298,15 @@ fn work(
         certificate_pem: own.certificate_pem,
         key_pem: own.key_pem,
     });
-    let events = Arc::new(Events::new(client.clone()));
+    let (events, writer) = events::events(client.clone());
+    let events = Arc::new(events);
+    tasks.spawn({
+        let stop = stop.clone();
+        async move {
+            writer.run(stop).await;
+            Ok(())
+        }
+    });
     let links = Links {
         world: world.clone(),
         credentials,
@@ -346,6 +353,7 @@ fn work(
         agents_known: agents_known.clone(),
         nodes_known: nodes_known.clone(),
         first_delay: config.retry_after,
+        pace: Pace::default(),
     });
     let works = Works {
         world: world.clone(),

@@ -32,8 +32,7 @@ impl Pass<'_> {
         let note = format!("takes over warm agent {} on blade {blade}", claim.name);
         self.context
             .events
-            .say(&self.agent, EventType::Normal, "Scheduled", &note)
-            .await;
+            .say(&self.agent, EventType::Normal, "Scheduled", &note);
         Ok(Some(Next::Again))
     }
 
@@ -42,7 +41,7 @@ impl Pass<'_> {
         if let Some(pool) = &self.agent.spec.pool_ref {
             let note = format!("pool {} has no warm agent that fits: booting", pool.name);
             let events = &self.context.events;
-            events.say(&self.agent, EventType::Normal, "ColdStart", &note).await;
+            events.say(&self.agent, EventType::Normal, "ColdStart", &note);
         }
     }
 

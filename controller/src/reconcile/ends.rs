@@ -37,8 +37,7 @@ impl Pass<'_> {
                         format!("has to leave blade {blade}: it is emptied, or has a taint that is not tolerated");
                     self.context
                         .events
-                        .say(&self.agent, EventType::Warning, "Evicting", &note)
-                        .await;
+                        .say(&self.agent, EventType::Warning, "Evicting", &note);
                 }
                 Ok(Next::Again)
             }
