@@ -156,7 +156,8 @@ impl Keeper {
     /// Tasks of a queue, each as it was last seen or written.
     fn tasks_of(&self, key: &QueueKey) -> Vec<Arc<FarTask>> {
         let mut tasks: Vec<_> = self.tasks.state();
-        tasks.retain(|task| queue_of(task) == *key);
+        let is_here = |task: &FarTask| task.metadata.namespace.as_ref() == Some(&key.0);
+        tasks.retain(|task| task.spec.queue_ref.name == key.1 && is_here(task));
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         for task in &mut tasks {
             let uid = task.uid().unwrap_or_default();

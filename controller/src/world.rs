@@ -464,19 +464,20 @@ impl World {
         self.lock().nodes.get(blade)?.user_channel.clone()
     }
 
-    /// The agents that are on blades, by blade and uid: of one namespace, or of all (an empty text).
+    /// The agents that live on blades, by blade and uid: of one namespace, or of all (an empty text).
     pub(crate) fn placed(&self, namespace: &str) -> Vec<(String, HashMap<String, Identity>)> {
         let inner = self.lock();
         let on_blade = |uids: &HashSet<String>| -> HashMap<String, Identity> {
             uids.iter()
                 .filter_map(|uid| {
-                    let agent = inner.agents.get(uid)?;
-                    let own = agent.reference.namespace.clone().unwrap_or_default();
+                    // A blade's ended agents outnumber the others by far.
+                    let agent = inner.agents.get(uid).filter(|agent| !agent.settled)?;
+                    let own = agent.reference.namespace.as_deref().unwrap_or_default();
                     (namespace.is_empty() || own == namespace).then(|| {
                         let identity = Identity {
                             uid: uid.clone(),
                             attempt: agent.attempt,
-                            namespace: own,
+                            namespace: own.to_owned(),
                             name: agent.reference.name.clone(),
                         };
                         (uid.clone(), identity)

@@ -213,6 +213,12 @@ impl Placer {
         }
     }
 
+    /// Whether this blade has room for an agent of this size, whatever else it asks for.
+    pub(crate) fn has_room(&self, blade: &str, cpu_millis: u64, memory_mib: u64) -> bool {
+        let number = self.fleet.number(blade);
+        number.is_some_and(|number| self.fleet.rooms()[number as usize].holds(cpu_millis, memory_mib))
+    }
+
     /// Whether this blade would take the agent now.
     pub fn would_take(&mut self, blade: &str, request: &Request) -> bool {
         let Some(number) = self.fleet.number(blade) else {

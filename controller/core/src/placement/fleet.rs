@@ -51,10 +51,11 @@ pub(super) struct Room {
 
 impl Room {
     pub(super) fn fits(&self, request: &Request) -> bool {
-        self.is_open
-            && self.has_overhead
-            && request.cpu_millis <= self.cpu_millis
-            && request.memory_mib <= self.memory_mib
+        self.holds(request.cpu_millis, request.memory_mib)
+    }
+
+    pub(super) fn holds(&self, cpu_millis: u64, memory_mib: u64) -> bool {
+        self.is_open && self.has_overhead && cpu_millis <= self.cpu_millis && memory_mib <= self.memory_mib
     }
 }
 

@@ -34,6 +34,22 @@ pub(super) struct Queue {
     levels: BTreeMap<Reverse<i32>, Level>,
     /// Priority, namespace and number of each entry.
     places: HashMap<Arc<str>, (i32, Arc<str>, u64)>,
+    /// Amounts of CPU and of memory that entries ask for, each with their number.
+    cpu: BTreeMap<u64, usize>,
+    memory: BTreeMap<u64, usize>,
+}
+
+fn count(amounts: &mut BTreeMap<u64, usize>, amount: u64) {
+    *amounts.entry(amount).or_insert(0) += 1;
+}
+
+fn uncount(amounts: &mut BTreeMap<u64, usize>, amount: u64) {
+    if let Some(left) = amounts.get_mut(&amount) {
+        *left -= 1;
+        if *left == 0 {
+            amounts.remove(&amount);
+        }
+    }
 }
 
 /// Entries of one priority.
@@ -59,6 +75,8 @@ impl Queue {
         let namespace: Arc<str> = entry.request.namespace.as_str().into();
         let place = (priority, namespace.clone(), entry.number);
         self.places.insert(entry.uid.clone(), place);
+        count(&mut self.cpu, entry.request.cpu_millis);
+        count(&mut self.memory, entry.request.memory_mib);
         let level = self.levels.entry(Reverse(priority)).or_default();
         let flow = level.flows.entry(namespace.clone()).or_insert_with(|| {
             level.turns.push_back(namespace);
@@ -69,16 +87,32 @@ impl Queue {
 
     pub(super) fn remove(&mut self, uid: &str) -> Option<Entry> {
         let (priority, namespace, number) = self.places.remove(uid)?;
-        let level = self.levels.get_mut(&Reverse(priority))?;
-        let entry = level.take(&namespace, number);
-        if level.turns.is_empty() {
-            self.levels.remove(&Reverse(priority));
-        }
-        entry
+        self.take(Reverse(priority), &namespace, number)
     }
 
+    #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.places.is_empty()
+    }
+
+    /// The least CPU and the least memory that any entry asks for, not necessarily the same one: a blade with less helps
+    /// nobody.
+    pub(super) fn least(&self) -> Option<(u64, u64)> {
+        let (cpu, _) = self.cpu.first_key_value()?;
+        let (memory, _) = self.memory.first_key_value()?;
+        Some((*cpu, *memory))
+    }
+
+    fn take(&mut self, priority: Reverse<i32>, namespace: &str, number: u64) -> Option<Entry> {
+        let level = self.levels.get_mut(&priority)?;
+        let entry = level.take(namespace, number);
+        if level.turns.is_empty() {
+            self.levels.remove(&priority);
+        }
+        let entry = entry?;
+        uncount(&mut self.cpu, entry.request.cpu_millis);
+        uncount(&mut self.memory, entry.request.memory_mib);
+        Some(entry)
     }
 
     /// Takes out the next of those that `wanted` picks.
@@ -87,11 +121,7 @@ impl Queue {
             let (namespace, number) = level.next(&mut wanted)?;
             Some((*priority, namespace, number))
         })?;
-        let level = self.levels.get_mut(&priority)?;
-        let entry = level.take(&namespace, number)?;
-        if level.turns.is_empty() {
-            self.levels.remove(&priority);
-        }
+        let entry = self.take(priority, &namespace, number)?;
         self.places.remove(&entry.uid);
         Some(entry)
     }

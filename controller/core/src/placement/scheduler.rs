@@ -306,7 +306,9 @@ impl Scheduler {
 
     /// One blade changed for the better, perhaps: whoever it would take now is placed, in the queue's order.
     fn blade_may_help(&mut self, blade: &str, now: Duration) {
-        while !self.waiting.is_empty() {
+        while let Some((cpu, memory)) = self.waiting.least()
+            && self.placer.has_room(blade, cpu, memory)
+        {
             let placer = &mut self.placer;
             let Some(entry) = self.waiting.pop(|entry| placer.would_take(blade, &entry.request)) else {
                 break;
