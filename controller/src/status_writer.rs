@@ -1,11 +1,11 @@
-//! Writes of FarAgents: merge patches of exactly what changed, guarded by resourceVersion.
+//! Writes of statuses and finalizers, guarded by resourceVersion.
 
 use std::{fmt::Debug, sync::Arc};
 
 use far_api::{FIELD_MANAGER, FINALIZER, FarAgent, FarAgentStatus};
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{Patch, PatchParams},
+    api::{Patch, PatchParams, PostParams, Request},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
@@ -16,23 +16,30 @@ pub(crate) fn api(client: &Client, agent: &FarAgent) -> Api<FarAgent> {
 }
 
 /// Writes a status over the one `agent` has. 409: somebody wrote in between.
+///
+/// The whole status, not a patch of it: for a patch the API server decodes and encodes the object twice more. It takes nothing
+/// but the status from what is sent to this subresource (Kubernetes API, "Status subresource"), so nothing else is.
 pub(crate) async fn write(client: &Client, agent: &FarAgent, status: &FarAgentStatus) -> Result<FarAgent, kube::Error> {
-    let old = agent
-        .status
-        .as_ref()
-        .map_or(Ok(Value::Null), serde_json::to_value)
-        .map_err(kube::Error::SerdeError)?;
-    let new = serde_json::to_value(status).map_err(kube::Error::SerdeError)?;
     let body = json!({
-        "metadata": { "resourceVersion": agent.metadata.resource_version, "uid": agent.metadata.uid },
-        "status": difference(&old, &new),
+        "apiVersion": FarAgent::api_version(&()),
+        "kind": FarAgent::kind(&()),
+        "metadata": {
+            "namespace": agent.metadata.namespace,
+            "name": agent.metadata.name,
+            "resourceVersion": agent.metadata.resource_version,
+            "uid": agent.metadata.uid,
+        },
+        "status": status,
     });
-    let params = PatchParams {
+    let params = PostParams {
         field_manager: Some(FIELD_MANAGER.to_owned()),
-        ..PatchParams::default()
+        ..PostParams::default()
     };
-    api(client, agent)
-        .patch_status(&agent.name_any(), &params, &Patch::Merge(body))
+    let body = serde_json::to_vec(&body).map_err(kube::Error::SerdeError)?;
+    let path = FarAgent::url_path(&(), agent.metadata.namespace.as_deref());
+    let request = Request::new(path).replace_subresource("status", &agent.name_any(), &params, body);
+    client
+        .request(request.map_err(kube::Error::BuildRequest)?)
         .await
 }
 

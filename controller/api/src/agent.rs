@@ -45,24 +45,21 @@ pub const DEFAULT_GRACE_SECONDS: u32 = 10;
     printcolumn(name = "Attempt", type_ = "integer", json_path = ".status.attempt", priority = "1")
 )]
 #[serde(rename_all = "camelCase")]
+// What is always there is compared where it is: each look at a field from here costs the API server a walk over all of them,
+// at every write of a status too.
 #[x_kube(
-    validation = Rule::new("self.image == oldSelf.image").message("spec.image is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("string(self.memory) == string(oldSelf.memory)").message("spec.memory is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("string(self.cpu) == string(oldSelf.cpu)").message("spec.cpu is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.entrypoint) == has(oldSelf.entrypoint) && (!has(self.entrypoint) || self.entrypoint == oldSelf.entrypoint)").message("spec.entrypoint is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.args) == has(oldSelf.args) && (!has(self.args) || self.args == oldSelf.args)").message("spec.args is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.workingDir) == has(oldSelf.workingDir) && (!has(self.workingDir) || self.workingDir == oldSelf.workingDir)").message("spec.workingDir is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.env) == has(oldSelf.env) && (!has(self.env) || self.env == oldSelf.env)").message("spec.env is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.files) == has(oldSelf.files) && (!has(self.files) || self.files == oldSelf.files)").message("spec.files is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.nodeName) == has(oldSelf.nodeName) && (!has(self.nodeName) || self.nodeName == oldSelf.nodeName)").message("spec.nodeName is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.envFrom) == has(oldSelf.envFrom) && (!has(self.envFrom) || self.envFrom == oldSelf.envFrom)").message("spec.envFrom is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.network) == has(oldSelf.network) && (!has(self.network) || self.network == oldSelf.network)").message("spec.network is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.poolRef) == has(oldSelf.poolRef) && (!has(self.poolRef) || self.poolRef == oldSelf.poolRef)").message("spec.poolRef is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.scratch) == has(oldSelf.scratch) && (!has(self.scratch) || self.scratch == oldSelf.scratch)").message("spec.scratch is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.volumes) == has(oldSelf.volumes) && (!has(self.volumes) || self.volumes == oldSelf.volumes)").message("spec.volumes is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("has(self.resources) == has(oldSelf.resources) && (!has(self.resources) || self.resources == oldSelf.resources)").message("spec.resources is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("self.restartPolicy == oldSelf.restartPolicy").message("spec.restartPolicy is immutable").reason(Reason::FieldValueForbidden),
-    validation = Rule::new("self.startPolicy == oldSelf.startPolicy").message("spec.startPolicy is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.entrypoint) ? has(oldSelf.entrypoint) && self.entrypoint == oldSelf.entrypoint : !has(oldSelf.entrypoint)").message("spec.entrypoint is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.args) ? has(oldSelf.args) && self.args == oldSelf.args : !has(oldSelf.args)").message("spec.args is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.workingDir) ? has(oldSelf.workingDir) && self.workingDir == oldSelf.workingDir : !has(oldSelf.workingDir)").message("spec.workingDir is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.env) ? has(oldSelf.env) && self.env == oldSelf.env : !has(oldSelf.env)").message("spec.env is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.files) ? has(oldSelf.files) && self.files == oldSelf.files : !has(oldSelf.files)").message("spec.files is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.nodeName) ? has(oldSelf.nodeName) && self.nodeName == oldSelf.nodeName : !has(oldSelf.nodeName)").message("spec.nodeName is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.envFrom) ? has(oldSelf.envFrom) && self.envFrom == oldSelf.envFrom : !has(oldSelf.envFrom)").message("spec.envFrom is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.network) ? has(oldSelf.network) && self.network == oldSelf.network : !has(oldSelf.network)").message("spec.network is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.poolRef) ? has(oldSelf.poolRef) && self.poolRef == oldSelf.poolRef : !has(oldSelf.poolRef)").message("spec.poolRef is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.scratch) ? has(oldSelf.scratch) && self.scratch == oldSelf.scratch : !has(oldSelf.scratch)").message("spec.scratch is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.volumes) ? has(oldSelf.volumes) && self.volumes == oldSelf.volumes : !has(oldSelf.volumes)").message("spec.volumes is immutable").reason(Reason::FieldValueForbidden),
+    validation = Rule::new("has(self.resources) ? has(oldSelf.resources) && self.resources == oldSelf.resources : !has(oldSelf.resources)").message("spec.resources is immutable").reason(Reason::FieldValueForbidden),
     validation = Rule::new("!(self.startPolicy == 'OnClaim' && has(self.poolRef))").message("spec.poolRef and startPolicy OnClaim exclude each other"),
     validation = Rule::new("self.restartPolicy != 'Never' || !has(self.backoffLimit)").message("spec.backoffLimit needs restartPolicy OnFailure or Always")
 )]
@@ -70,20 +67,29 @@ pub struct FarAgentSpec {
     /// Reference of the OCI image whose root file system the agent runs in, for example
     /// ghcr.io/microscaler/tiffany-vm:v0.3.1. Immutable.
     #[schemars(length(min = 1, max = 512))]
-    #[x_kube(validation = Rule::new("!self.contains(' ')").message("spec.image must not contain spaces"))]
+    #[x_kube(
+        validation = Rule::new("!self.contains(' ')").message("spec.image must not contain spaces"),
+        validation = Rule::new("self == oldSelf").message("spec.image is immutable").reason(Reason::FieldValueForbidden)
+    )]
     pub image: String,
 
     /// Memory of the guest as a quantity, at least 64Mi, rounded up to whole MiB. Default 512Mi. Immutable.
     #[serde(default = "default_memory")]
-    #[x_kube(validation = Rule::new("isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('64Mi')) >= 0")
-        .message("spec.memory must be a quantity of at least 64Mi, for example 512Mi"))]
+    #[x_kube(
+        validation = Rule::new("isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('64Mi')) >= 0")
+        .message("spec.memory must be a quantity of at least 64Mi, for example 512Mi"),
+        validation = Rule::new("string(self) == string(oldSelf)").message("spec.memory is immutable").reason(Reason::FieldValueForbidden)
+    )]
     pub memory: Quantity,
 
     /// Processor time as a quantity of cores, at least 1m: 1, 500m. The microVM gets the next whole number of virtual
     /// processors and is limited to this share. Write 500m, not 0.5. Default 1. Immutable.
     #[serde(default = "default_cpu")]
-    #[x_kube(validation = Rule::new("isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1m')) >= 0")
-        .message("spec.cpu must be a positive quantity of cores, for example 1 or 500m"))]
+    #[x_kube(
+        validation = Rule::new("isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1m')) >= 0")
+        .message("spec.cpu must be a positive quantity of cores, for example 1 or 500m"),
+        validation = Rule::new("string(self) == string(oldSelf)").message("spec.cpu is immutable").reason(Reason::FieldValueForbidden)
+    )]
     pub cpu: Quantity,
 
     /// Absolute path of the program inside the image. Absent: the image's own entrypoint. Immutable.
@@ -144,6 +150,7 @@ pub struct FarAgentSpec {
     /// What happens after an attempt ended. Never (the default): the agent has ended. OnFailure: a new attempt after
     /// every end but Completed, up to backoffLimit. Always: a new attempt after every end. Immutable.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("spec.restartPolicy is immutable").reason(Reason::FieldValueForbidden))]
     pub restart_policy: RestartPolicy,
 
     /// Failures of the agent itself after which it is Failed; failures of blades are not counted. Default 6.
@@ -173,6 +180,7 @@ pub struct FarAgentSpec {
     /// Immediate (the default), or OnClaim: the microVM boots and waits, and the program starts when an agent with a
     /// poolRef takes it over. Pools make such agents. Immutable.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("spec.startPolicy is immutable").reason(Reason::FieldValueForbidden))]
     pub start_policy: StartPolicy,
 
     /// Pool in the same namespace whose warm agents may be taken over instead of a boot, where image, memory, cpu,

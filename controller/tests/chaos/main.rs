@@ -174,17 +174,17 @@ async fn poison(api: &DevApi, calm: &AtomicBool, truth: &Truth) {
             };
             let answer = |code, retry_after| Action::Answer { code, retry_after };
             let (on, action) = match rng.random_range(0..13) {
-                0 => (on("patch", "faragents", "status"), answer(409, None)),
-                1 => (on("patch", "faragents", "status"), answer(500, None)),
-                2 => (on("patch", "faragents", "status"), answer(429, Some(1))),
-                3 => (on("patch", "faragents", "status"), Action::DropAfter),
-                4 => (on("patch", "faragents", "status"), Action::DropBefore),
+                0 => (on("update", "faragents", "status"), answer(409, None)),
+                1 => (on("update", "faragents", "status"), answer(500, None)),
+                2 => (on("update", "faragents", "status"), answer(429, Some(1))),
+                3 => (on("update", "faragents", "status"), Action::DropAfter),
+                4 => (on("update", "faragents", "status"), Action::DropBefore),
                 5 => (on("patch", "faragents", ""), answer(409, None)),
                 6 => (on("patch", "faragents", ""), Action::DropAfter),
                 7 => (on("patch", "farnodes", "status"), answer(500, None)),
                 8 => (on("update", "leases", ""), answer(500, None)),
                 9 => (on("create", "events", ""), answer(500, None)),
-                10 => (on("patch", "faragents", "status"), Action::Delay { millis: 700 }),
+                10 => (on("update", "faragents", "status"), Action::Delay { millis: 700 }),
                 11 if rng.random_bool(0.5) => (on("watch", "faragents", ""), Action::ExpireWatch),
                 12 if rng.random_bool(0.5) => (on("watch", "farnodes", ""), Action::ExpireWatch),
                 _ => continue,
