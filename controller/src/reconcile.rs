@@ -41,8 +41,6 @@ const MAX_STEPS: usize = 8;
 const RECHECK: Duration = Duration::from_secs(60);
 /// While waiting for a blade to come back, for a missing Secret, or for room after a refusal.
 const WAITING: Duration = Duration::from_secs(3);
-/// A safety net for agents that wait for room: there may be as many as agents at all, and each look costs a search.
-const IN_LINE: Duration = Duration::from_secs(300);
 /// After a failed call or write.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -276,10 +274,11 @@ impl Pass<'_> {
                     .events
                     .say(&self.agent, EventType::Warning, "FailedScheduling", &message);
                 written?;
-                // It stands in line and hears of whatever may help it; only its deadline comes by time alone.
+                // It stands in line and hears of whatever may help it; its deadline comes by time alone, and so does a
+                // newer text of what keeps it away.
                 let left = self.rules().deadline_left(status.active_since);
                 let left = left.and_then(|left| u64::try_from(left).ok()).map(Duration::from_secs);
-                let recheck = IN_LINE.mul_f64(rand::random_range(0.8..1.2));
+                let recheck = world.until_next_search().mul_f64(rand::random_range(0.8..1.2));
                 Ok(Next::Rest(Action::requeue(left.unwrap_or(recheck).min(recheck))))
             }
             Ok(blade) => {

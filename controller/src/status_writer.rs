@@ -38,9 +38,7 @@ pub(crate) async fn write(client: &Client, agent: &FarAgent, status: &FarAgentSt
     let body = serde_json::to_vec(&body).map_err(kube::Error::SerdeError)?;
     let path = FarAgent::url_path(&(), agent.metadata.namespace.as_deref());
     let request = Request::new(path).replace_subresource("status", &agent.name_any(), &params, body);
-    client
-        .request(request.map_err(kube::Error::BuildRequest)?)
-        .await
+    client.request(request.map_err(kube::Error::BuildRequest)?).await
 }
 
 /// Writes the status of an object of another kind over the one it has. 409: somebody wrote in between.

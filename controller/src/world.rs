@@ -43,6 +43,9 @@ const BLADES_FAULTS: [EndReason; 4] = [
 ];
 /// A blade that is not connected for less than this is expected back any moment: as long as a connection may take.
 const SETTLING: Duration = Duration::from_secs(10);
+/// Between two searches for agents that wait, of all of them together, and between two for one.
+const SEARCH_EVERY: Duration = Duration::from_millis(100);
+const SEARCHES: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
 /// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
 const MAX_REPORTS: usize = 65_536;
 
@@ -300,6 +303,12 @@ impl World {
         let mut inner = self.lock();
         inner.scheduler.tick(self.now());
         self.tell_woken(&mut inner);
+    }
+
+    /// When to search again for an agent that waits: each search costs, so the more wait the rarer is each one's.
+    pub(crate) fn until_next_search(&self) -> Duration {
+        let waiting = u32::try_from(self.lock().scheduler.waiting()).unwrap_or(u32::MAX);
+        SEARCH_EVERY.saturating_mul(waiting).clamp(SEARCHES.0, SEARCHES.1)
     }
 
     /// A blade that only has to be connected to may take an agent in a moment: then nothing is said about it yet.

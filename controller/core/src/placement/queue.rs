@@ -90,9 +90,8 @@ impl Queue {
         self.take(Reverse(priority), &namespace, number)
     }
 
-    #[cfg(test)]
-    pub(super) fn is_empty(&self) -> bool {
-        self.places.is_empty()
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
     }
 
     /// The least CPU and the least memory that any entry asks for, not necessarily the same one: a blade with less helps

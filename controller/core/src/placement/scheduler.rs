@@ -86,6 +86,12 @@ impl Scheduler {
         &self.placer
     }
 
+    /// How many agents wait for a blade.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Agents that have a blade now, or should ask again; each call answers what is new.
     pub fn take_woken(&mut self) -> Vec<String> {
         std::mem::take(&mut self.woken)
@@ -384,8 +390,7 @@ impl Scheduler {
 
     #[cfg(test)]
     pub(super) fn is_idle(&self) -> bool {
-        self.active.is_empty()
-            && self.waiting.is_empty()
+        self.active.len() + self.waiting.len() == 0
             && self.details.is_empty()
             && self.concerned.is_empty()
             && self.refusals.is_empty()
