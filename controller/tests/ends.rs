@@ -389,7 +389,7 @@ async fn a_blade_that_was_started_anew_ends_its_agents_and_they_are_tried_again(
         &uid,
         EndReason::BladeRebooted,
         None,
-        "the blade was started anew while the agent ran",
+        "the blade was started anew before the agent ended",
     );
     let back = FakeBlade::resume(&cluster, "b1", capacity(8000, 8192), credentials, fake).await;
     has(&back, &uid, 2).await;

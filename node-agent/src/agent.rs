@@ -235,10 +235,11 @@ impl AgentTask {
     }
 
     async fn live(&mut self) -> Result<VmmEnd, Leave> {
-        if let Some(spawn) = &self.record.spawn {
-            if spawn.boot_id != self.blade.boot_id {
-                return Ok(VmmEnd::Vanished { blade_rebooted: true });
-            }
+        // Also one without a VM: the lease went with that start, and the attempt may run elsewhere by now.
+        if self.record.boot() != self.blade.boot_id {
+            return Ok(VmmEnd::Vanished { blade_rebooted: true });
+        }
+        if self.record.spawn.is_some() {
             self.adopted_at = Some(self.blade.clock.now());
             if self.forced.is_some() {
                 self.kill().await;
@@ -720,9 +721,9 @@ impl AgentTask {
         }
         self.session = None;
         self.blade.guests.forget(&self.record.identity.key);
-        if let (VmmEnd::Vanished { .. }, Some(spawn)) = (&vmm, &self.record.spawn) {
+        if let VmmEnd::Vanished { .. } = vmm {
             vmm = VmmEnd::Vanished {
-                blade_rebooted: spawn.boot_id != self.blade.boot_id,
+                blade_rebooted: self.record.boot() != self.blade.boot_id,
             };
         }
         let (blade, vm) = (self.blade.clone(), self.record.vm_id.clone());

@@ -130,7 +130,7 @@ fn decide_reason(record: &Record, vmm: &VmmEnd, forced: Option<&Forced>) -> (End
         (None, VmmEnd::NeverBooted) => (EndReason::Evicted, "ended before its microVM was started".to_owned()),
         (None, VmmEnd::Vanished { blade_rebooted: true }) => (
             EndReason::BladeRebooted,
-            "the blade was started anew while the agent ran".to_owned(),
+            "the blade was started anew before the agent ended".to_owned(),
         ),
         (None, VmmEnd::Vanished { blade_rebooted: false }) => (
             EndReason::InitLost,

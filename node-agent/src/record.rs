@@ -174,6 +174,9 @@ pub struct Record {
     pub claimed_by: Option<AttemptKey>,
     /// When it was recorded.
     pub accepted_at: UnixMs,
+    /// Boot id of the blade's kernel then; empty in a ledger of an earlier far-node.
+    #[serde(default)]
+    pub boot_id: String,
     /// Written before the VMM is spawned.
     pub spawn: Option<Spawn>,
     /// Hello.
@@ -274,10 +277,17 @@ pub struct Misfit {
 }
 
 impl Record {
+    /// The start of the blade's kernel that its VM belongs to, or would.
+    #[must_use]
+    pub fn boot(&self) -> &str {
+        self.spawn.as_ref().map_or(&self.boot_id, |spawn| &spawn.boot_id)
+    }
+
     /// A new record in [`Phase::Accepted`].
     #[must_use]
-    pub fn accepted(identity: Identity, spec: &Spec, at: UnixMs) -> Self {
+    pub fn accepted(identity: Identity, spec: &Spec, boot_id: &str, at: UnixMs) -> Self {
         let mut record = Self::bare(identity, at);
+        boot_id.clone_into(&mut record.boot_id);
         record.cpu_millis = spec.cpu_millis;
         record.memory_mib = spec.memory_mib;
         record.grace_s = spec.grace_s;
@@ -304,7 +314,7 @@ impl Record {
             resources: self.resources.clone(),
             launch: Some(launch),
             message: self.message.clone(),
-            ..Self::accepted(identity, spec, at)
+            ..Self::accepted(identity, spec, &self.boot_id, at)
         }
     }
 
@@ -350,6 +360,7 @@ impl Record {
             claim: None,
             claimed_by: None,
             accepted_at: at,
+            boot_id: String::new(),
             spawn: None,
             booted_at: None,
             started_at: None,
@@ -492,7 +503,7 @@ pub(crate) mod tests {
 
     pub(crate) fn fresh() -> Record {
         let identity = check_identity(Some(wire_identity("u", 1))).unwrap();
-        Record::accepted(identity, &check_spec(Some(wire_spec())).unwrap(), 1000)
+        Record::accepted(identity, &check_spec(Some(wire_spec())).unwrap(), "boot-1", 1000)
     }
 
     pub(crate) fn an_end(reason: EndReason) -> End {

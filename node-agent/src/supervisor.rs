@@ -450,7 +450,7 @@ impl Actor {
         }
         let (entries, _) = self.blade.board.entries();
         self.check_turn(&key, &entries)?;
-        let mut record = Record::accepted(identity, &spec, self.blade.clock.now());
+        let mut record = Record::accepted(identity, &spec, &self.blade.boot_id, self.blade.clock.now());
         if self.damaged.contains(&record.vm_id) {
             return self.refuse_damaged(record).await;
         }
@@ -489,7 +489,7 @@ impl Actor {
         if let Err(refusal) = self.check_turn(&key, &entries) {
             return Some((Err(refusal), reply));
         }
-        let record = Record::accepted(identity.clone(), &spec, self.blade.clock.now());
+        let record = Record::accepted(identity.clone(), &spec, &self.blade.boot_id, self.blade.clock.now());
         if self.damaged.contains(&record.vm_id) {
             return Some((self.refuse_damaged(record).await, reply));
         }

@@ -135,7 +135,7 @@ async fn an_accepted_attempt_waits_for_its_secrets_after_a_restart() {
     let world = World::new();
     // Recorded and killed before anything was done.
     let ledger = crate::ledger::Ledger::open(&world.dir.path().join("ledger")).unwrap();
-    let record = crate::record::Record::accepted(identity(1), &spec(), 1);
+    let record = crate::record::Record::accepted(identity(1), &spec(), "boot-1", 1);
     ledger.write_spec(&record.vm_id, &spec().without_secrets()).unwrap();
     ledger.write(&record).unwrap();
     let node = world.start().await;
@@ -151,7 +151,7 @@ async fn an_accepted_attempt_waits_for_its_secrets_after_a_restart() {
 async fn killed_between_record_and_spawn_the_attempt_is_not_booted_again() {
     let world = World::new();
     let ledger = crate::ledger::Ledger::open(&world.dir.path().join("ledger")).unwrap();
-    let mut record = crate::record::Record::accepted(identity(1), &spec(), 1);
+    let mut record = crate::record::Record::accepted(identity(1), &spec(), "boot-1", 1);
     record.apply(crate::record::Fact::Preparing).unwrap();
     record.apply(crate::record::tests::spawning(1)).unwrap();
     ledger.write(&record).unwrap();
@@ -297,6 +297,23 @@ async fn an_attempt_that_has_no_microvm_when_the_lease_is_over_never_gets_one() 
     let node = world.start().await;
     node.supervisor.blade().fence.catch_up(&node.supervisor).await;
     assert_eq!(node.until_ended().await.reason, EndReason::NodeLost);
+    node.ensure().await;
+    assert_eq!(world.host.boots(&vm()), 0, "also when they come later");
+}
+
+#[tokio::test]
+async fn an_attempt_that_had_no_microvm_when_the_machine_went_down_never_gets_one() {
+    let mut world = World::new();
+    let node = world.start().await;
+    // Without its secrets it waits.
+    let waiting = spec().without_secrets().into();
+    node.supervisor.ensure(identity(1), waiting).await.unwrap();
+    node.kill().await;
+    // It was away for nobody knows how long: the attempt may run elsewhere. The old lease is not of this clock.
+    world.boot_id = "boot-2".into();
+    let node = world.start().await;
+    node.supervisor.blade().fence.catch_up(&node.supervisor).await;
+    assert_eq!(node.until_ended().await.reason, EndReason::BladeRebooted);
     node.ensure().await;
     assert_eq!(world.host.boots(&vm()), 0, "also when they come later");
 }
