@@ -17,7 +17,9 @@ use crate::{
 };
 use far_vmm::lease;
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -78,10 +80,18 @@ impl Fence {
             return Ok(());
         };
         let until = sent.saturating_add(crate::outcome::millis(fence_after));
+        let line = lease::line(until);
         // No fsync: what the machine forgets when it dies is a lease of VMs that died with it.
-        let temporary = self.file.with_extension("tmp");
-        fs::write(&temporary, format!("{until}\n"))?;
-        fs::rename(&temporary, &self.file)?;
+        match File::options().write(true).open(&self.file) {
+            // In place, as many bytes as before: a full disk ends nobody's lease.
+            Ok(file) => file.write_all_at(line.as_bytes(), 0)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let temporary = self.file.with_extension("tmp");
+                fs::write(&temporary, line)?;
+                fs::rename(&temporary, &self.file)?;
+            }
+            Err(error) => return Err(error),
+        }
         self.until.send_replace(Some(until));
         Ok(())
     }
@@ -161,5 +171,18 @@ mod tests {
         let rebooted = Fence::open(folder.path(), "boot2").unwrap();
         assert!(!rebooted.is_over(u64::MAX), "the clock began anew with the machine");
         assert!(!next.file().exists());
+    }
+
+    #[test]
+    fn a_lease_is_renewed_where_no_file_can_be_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let fence = Fence::open(folder.path(), "boot1").unwrap();
+        fence.renew(1_000, Some(Duration::from_secs(5))).unwrap();
+        let size = fs::metadata(fence.file()).unwrap().len();
+        // As on a full disk: a new file with content is refused.
+        fs::create_dir(folder.path().join("lease-boot1.tmp")).unwrap();
+        fence.renew(u64::MAX - 5_000, Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(lease::read(fence.file()), Some(u64::MAX));
+        assert_eq!(fs::metadata(fence.file()).unwrap().len(), size, "it needs no new block");
     }
 }

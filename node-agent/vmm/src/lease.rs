@@ -2,7 +2,7 @@
 //! far-vmm reads, so that they end in time also where far-node is dead.
 //!
 //! The file holds one number: milliseconds of CLOCK_BOOTTIME, which no step of the wall clock moves and which goes on while
-//! the machine sleeps. No file, or one that holds no number: no limit.
+//! the machine sleeps. It is overwritten in place, always with as many bytes. No file, or one that holds no number: no limit.
 
 use nix::time::{ClockId, clock_gettime};
 use std::path::Path;
@@ -20,9 +20,27 @@ pub fn now_ms() -> u64 {
     u64::try_from(seconds).unwrap_or(0) * 1000 + u64::try_from(nanos).unwrap_or(0) / 1_000_000
 }
 
+/// What a lease's file holds: the same number of bytes for every number.
+#[must_use]
+pub fn line(until_ms: u64) -> String {
+    format!("{until_ms:020}\n")
+}
+
 /// The end of the lease in `file`.
 #[must_use]
 pub fn read(file: &Path) -> Option<u64> {
+    // One look may meet a renewal halfway: two that agree have not.
+    let mut before = read_once(file);
+    loop {
+        let now = read_once(file);
+        if now == before {
+            return now;
+        }
+        before = now;
+    }
+}
+
+fn read_once(file: &Path) -> Option<u64> {
     use std::io::Read;
     let mut text = String::new();
     std::fs::File::open(file)
@@ -55,6 +73,8 @@ mod tests {
             ("1001\n", false),
             ("1000\n", true),
             ("1", true),
+            (&line(1001), false),
+            (&line(1000), true),
         ] {
             std::fs::write(&file, text).unwrap();
             assert_eq!(is_over(&file, 1000), expected, "{text:?}");
