@@ -24,6 +24,7 @@ use tokio::{
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
     sync::mpsc,
     task::JoinHandle,
+    time::Instant,
 };
 
 /// Unacknowledged output of one stream, bytes (control.proto: 4 KiB to 1 MiB).
@@ -176,7 +177,10 @@ where
 {
     let mut buffer = vec![0; READ_STEP];
     let mut told_complete = false;
+    // Since when the frame at the decoder's front waits for its rest.
+    let mut begun: Option<Instant> = None;
     loop {
+        let held = decoder.pending();
         let mut output: Vec<LogRecord> = Vec::new();
         let mut others = Vec::new();
         let mut problem = None;
@@ -231,15 +235,21 @@ where
         if problem.is_some() {
             return problem;
         }
-        let limit = if decoder.pending() > 0 {
-            FRAME_LIMIT
-        } else {
-            Duration::MAX
+        begun = match decoder.pending() {
+            0 => None,
+            // Nothing was whole yet: each of its bytes on time does not make the frame so.
+            left if left == held => begun.or_else(|| Some(Instant::now())),
+            _ => Some(Instant::now()),
         };
-        match tokio::time::timeout(limit, read.read(&mut buffer)).await {
+        let unfinished = || Some(Violation("a frame was begun and not finished".to_owned()));
+        let rest = begun.map_or(Duration::MAX, |at| FRAME_LIMIT.saturating_sub(at.elapsed()));
+        if rest.is_zero() {
+            return unfinished();
+        }
+        match tokio::time::timeout(rest, read.read(&mut buffer)).await {
             Ok(Ok(0) | Err(_)) => return None,
             Ok(Ok(length)) => decoder.push(&buffer[..length]),
-            Err(_) => return Some(Violation("a frame was begun and not finished".to_owned())),
+            Err(_) => return unfinished(),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     record::{EndReason, Phase},
 };
 use far_proto::guest::{Stage, guest_message::Kind};
-use tokio::io::AsyncWriteExt;
+use tokio::{io::AsyncWriteExt, time::Duration};
 
 /// A guest that behaves can still run its agent to the end.
 async fn runs_on(world: &World, node: &Node) {
@@ -193,6 +193,26 @@ async fn a_flood_fills_neither_disk_nor_memory_and_is_told() {
         .sum();
     assert!(on_disk <= 256 << 10, "{on_disk}");
     acks.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frame_that_comes_byte_by_byte_must_be_whole_in_time() {
+    let world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    let mut guest = Guest::dial(&world.socket(&vm()), 1, Stage::WaitingForConfig).await;
+    guest.start().await;
+    node.until_phase(Phase::Running).await;
+    let length = 1_u32 << 20;
+    guest.stream.write_all(&length.to_be_bytes()).await.unwrap();
+    let mut bytes = 0;
+    while guest.stream.write_all(&[0]).await.is_ok() {
+        bytes += 1;
+        assert!(bytes < 10, "half a frame holds its connection");
+        tokio::time::sleep(Duration::from_secs(30)).await;
+    }
+    let mut again = Guest::dial(&world.socket(&vm()), 1, Stage::Running).await;
+    again.welcome().await;
 }
 
 #[tokio::test(start_paused = true)]
