@@ -7,7 +7,7 @@
 use crate::{
     nft::{Element, Table, expression::Expression},
     policy::{Destination, Limits, Mode, Policy, Protocol, Rule, is_never, is_private},
-    slot::{Place, Wiring},
+    slot::{Place, Slot, Wiring},
     table::{ARP, BRIDGE, INET, MARK_BYTE, NEVER4, NEVER6, PRIVATE4, PRIVATE6, interval, name_key, shard_of},
 };
 use std::{
@@ -21,16 +21,21 @@ pub(crate) type Elements = Vec<(Table, &'static str, Vec<Element>)>;
 
 /// Mark of a VM's packets under the policy of this generation.
 pub(crate) fn mark(place: &Place, generation: u8) -> u32 {
-    class(place, generation, MARK_BYTE)
+    class(place.slot, generation, MARK_BYTE)
 }
 
 /// Mark without generation.
 pub(crate) fn lasting_mark(place: &Place) -> u32 {
-    mark(place, 0)
+    mark_of_slot(place.slot)
 }
 
-fn class(place: &Place, generation: u8, number: u8) -> u32 {
-    (u32::from(place.slot.number()) + 1) << 16 | u32::from(generation) << 8 | u32::from(number)
+/// The same.
+pub(crate) fn mark_of_slot(slot: Slot) -> u32 {
+    class(slot, 0, MARK_BYTE)
+}
+
+fn class(slot: Slot, generation: u8, number: u8) -> u32 {
+    (u32::from(slot.number()) + 1) << 16 | u32::from(generation) << 8 | u32::from(number)
 }
 
 fn key(parts: &[&[u8]]) -> Vec<u8> {
@@ -159,7 +164,7 @@ pub(crate) fn permissions(place: &Place, policy: &Policy, generation: u8) -> Ele
     elements.push((INET, "services", services.collect()));
     let classes = Classes::of(policy);
     let ports = classes.numbers.iter().flat_map(|(ports, number)| {
-        let class = class(place, generation, *number).to_ne_bytes();
+        let class = class(place.slot, generation, *number).to_ne_bytes();
         ports.intervals().into_iter().flat_map(move |(first, last)| {
             let key = |(protocol, port): (u8, u16)| key(&[&class, &[protocol], &port.to_be_bytes()]);
             interval(key(first), key(last), None)
@@ -176,7 +181,9 @@ pub(crate) fn permissions(place: &Place, policy: &Policy, generation: u8) -> Ele
                 let bytes = number.to_be_bytes();
                 if is_ipv4 { bytes[12..].to_vec() } else { bytes.to_vec() }
             };
-            let class = class(place, generation, classes.numbers[ports]).to_ne_bytes().to_vec();
+            let class = class(place.slot, generation, classes.numbers[ports])
+                .to_ne_bytes()
+                .to_vec();
             interval(
                 key(&[&mark, &address(*range.start())]),
                 key(&[&mark, &address(*range.end())]),
@@ -209,7 +216,7 @@ pub(crate) fn pin(
         IpAddr::V4(address) => ("pins4", key(&[&mark, &address.octets()])),
         IpAddr::V6(address) => ("pins6", key(&[&mark, &address.octets()])),
     };
-    let data = class(place, generation, number).to_ne_bytes().to_vec();
+    let data = class(place.slot, generation, number).to_ne_bytes().to_vec();
     let element = Element {
         timeout: Some(milliseconds),
         comment: Some(name.as_str().to_owned()),

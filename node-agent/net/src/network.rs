@@ -175,6 +175,8 @@ impl Network {
         if nft.table_comment(INET)?.as_deref() != Some(table::LAYOUT) {
             nft.commit(table::install())?;
         }
+        // What every detach needs, asked for a mark of nobody: a kernel that lacks it is found out before there is a VM.
+        nft.forget_connections(table::MARK_OF_NOBODY, table::LASTING)?;
         if let Some(loopback) = links.find("lo")? {
             links.add_gateway(loopback.index)?;
         }
@@ -413,6 +415,7 @@ impl Network {
             }
         }
         (self.options.on_step)(Step::Down);
+        state.forget_connections(attached.place.slot)?;
         pins::unpin(&mut state.nft, attached);
         state.remove(attached)?;
         (self.options.on_step)(Step::Unlet);
@@ -503,6 +506,13 @@ impl State {
         })
     }
 
+    /// The slot's next VM has the same address and, after a restart, the same marks: nothing that comes for this one may
+    /// reach it. While the elements are there, so that a reclaim sees what is left to be done.
+    fn forget_connections(&mut self, slot: Slot) -> Result<(), Refused> {
+        self.nft
+            .forget_connections(elements::mark_of_slot(slot), table::LASTING)
+    }
+
     fn remove(&mut self, attached: &Attached) -> Result<(), NetworkError> {
         let mut batch = Batch::new();
         let mut all = everything(&attached.place, &attached.policy, attached.generation);
@@ -511,7 +521,7 @@ impl State {
         match self.nft.commit(batch) {
             // Somebody else took some of it away: what is left is found by looking.
             Err(refused) if refused.code() == libc::ENOENT => {
-                let left = reclaim::seen_by_owner(&mut self.nft)?.remove_tap(&attached.place.tap);
+                let (_, left) = reclaim::seen_by_owner(&mut self.nft)?.remove_tap(&attached.place.tap);
                 let mut batch = Batch::new();
                 delete(&mut batch, &left);
                 Ok(self.nft.commit(batch)?)

@@ -53,7 +53,9 @@ pub(crate) const BRIDGED_PREFIX: &str = "fltap";
 /// Low byte of a packet's mark that says: from a guest. Above it are the policy's generation and the slot.
 pub(crate) const MARK_BYTE: u8 = 0xfa;
 /// Where the mark has the generation: masked out for what outlives a change of policy.
-const LASTING: u32 = 0xffff_00ff;
+pub(crate) const LASTING: u32 = 0xffff_00ff;
+/// A lasting mark that no slot has.
+pub(crate) const MARK_OF_NOBODY: u32 = 0xffff_0000 | MARK_BYTE as u32;
 
 /// Before connection tracking (-200), after defragmentation (-400).
 const RAW: i32 = -300;

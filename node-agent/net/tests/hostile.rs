@@ -8,7 +8,10 @@
 mod common;
 
 use common::{Blade, ECHO, ELSEWHERE, From, METADATA, PRIVATE, Tap, WORLD, WORLD6, aim, lacks, wait_for};
-use far_net::{Count, Counters, Destination, Mode, Options, Place, Policy, Protocol, Rule};
+use far_net::{
+    Count, Counters, Destination, GuestNetns, Mode, Network, Options, Place, Policy, Protocol, Proven, Rule,
+};
+use std::{collections::BTreeSet, net::UdpSocket};
 
 fn restricted(networks: &[&str]) -> Policy {
     let rule = |network: &&str| Rule {
@@ -500,4 +503,53 @@ fn a_pinned_name_opens_its_address_and_rebinding_is_refused() {
         &[from.udp(ELSEWHERE, ECHO, "policy gone")],
         |counters| counters.denied,
     );
+}
+
+/// A port of the world that says nothing by itself.
+const LATE: u16 = 7010;
+
+#[test]
+fn what_comes_late_for_a_dead_vm_does_not_reach_the_next_one_on_its_slot() {
+    let name = "what_comes_late_for_a_dead_vm_does_not_reach_the_next_one_on_its_slot";
+    if lacks(name, &["ip", "nft"]) {
+        return;
+    }
+    let one_slot = Options {
+        capacity: 1,
+        ..Options::default()
+    };
+    let mut policy = restricted(&["203.0.113.0/24"]);
+    policy.egress[0].ports = ECHO..=LATE;
+    for is_detached in [true, false] {
+        let blade = Blade::new(one_slot);
+        let socket = blade
+            .world
+            .run_inside(|| UdpSocket::bind((WORLD, LATE)).unwrap())
+            .unwrap();
+        let again = blade.network.netns().unwrap();
+        let again = again.run_inside(|| GuestNetns::current().unwrap()).unwrap();
+        let (first, mut tap, from) = guest(&blade, policy.clone());
+        tap.send(&from.udp(WORLD, LATE, "first"));
+        let (_, peer) = socket.recv_from(&mut [0; 64]).unwrap();
+        drop(tap);
+        if is_detached {
+            blade.network.detach(first.slot).unwrap();
+        }
+        // far-node ends here, and the next one counts policies from the start.
+        let Blade { network, world } = blade;
+        drop(network);
+        let network = Network::open(again, one_slot).unwrap();
+        let proven = Proven {
+            live: Vec::new(),
+            ours: BTreeSet::from([first.tap.clone()]),
+        };
+        network.reclaim(&proven).unwrap();
+        let blade = Blade { network, world };
+        let (second, mut tap, from) = guest(&blade, policy.clone());
+        assert_eq!(second.slot, first.slot);
+        socket.send_to(b"late", peer).unwrap();
+        tap.send(&from.udp(WORLD, ECHO, "second"));
+        let seen = tap.receive_echo("the echo");
+        assert_eq!(seen, "192.0.2.2 second", "the first was detached: {is_detached}");
+    }
 }

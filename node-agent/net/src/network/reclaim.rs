@@ -56,7 +56,10 @@ impl Network {
             if let Some(link) = link.filter(|_| is_up) {
                 state.links.take_down(link.index, &link.name)?;
             }
-            let elements = seen.remove_tap(tap);
+            let (slot, elements) = seen.remove_tap(tap);
+            if let Some(slot) = slot.filter(|_| is_up || !elements.is_empty()) {
+                state.forget_connections(slot)?;
+            }
             let mut batch = Batch::new();
             for (table, set, of) in &elements {
                 batch.delete_elements(*table, set, of);
@@ -67,7 +70,7 @@ impl Network {
             done.removed += usize::from(is_up || !elements.is_empty());
         }
         for (place, policy) in &proven.live {
-            if self.adopt(&mut state, place, policy, &links, seen.remove_tap(&place.tap))? {
+            if self.adopt(&mut state, place, policy, &links, seen.remove_tap(&place.tap).1)? {
                 done.adopted += 1;
             }
         }
@@ -86,6 +89,7 @@ impl Network {
     ) -> Result<bool, NetworkError> {
         let Some(link) = links.iter().find(|link| link.name == place.tap.as_str()) else {
             // The tap is gone, so its VM cannot live on: what is left of it goes.
+            state.forget_connections(place.slot)?;
             let mut batch = Batch::new();
             delete(&mut batch, &seen);
             state.nft.commit(batch)?;
@@ -180,15 +184,18 @@ pub(super) struct SeenByOwner {
 }
 
 impl SeenByOwner {
-    pub(super) fn remove_tap(&mut self, tap: &TapName) -> Elements {
+    /// The tap's slot, where it is known, and its elements.
+    pub(super) fn remove_tap(&mut self, tap: &TapName) -> (Option<Slot>, Elements) {
         let named = self.by_name.remove(&table::name_key(tap.as_str())).unwrap_or_default();
         // A bridged tap's slot is known by its gate alone.
         let gate = named
             .iter()
             .find(|(_, set, _)| *set == "vm")
             .and_then(|(_, _, element)| slot_of(element.data.as_ref()?));
-        let slot = gate.or_else(|| Some(Slot::of_tap(tap.as_str())?.number()));
-        let marked = slot.and_then(|slot| self.by_slot.remove(&slot)).unwrap_or_default();
+        let slot = gate.and_then(Slot::new).or_else(|| Slot::of_tap(tap.as_str()));
+        let marked = slot
+            .and_then(|slot| self.by_slot.remove(&slot.number()))
+            .unwrap_or_default();
         let mut all: Elements = Vec::new();
         for (table, set, element) in named.into_iter().chain(marked) {
             match all.iter_mut().find(|(of, name, _)| *of == table && *name == set) {
@@ -200,7 +207,7 @@ impl SeenByOwner {
         for (_, _, elements) in &mut all {
             elements.sort_by(|one, other| (&one.key, !one.is_end).cmp(&(&other.key, !other.is_end)));
         }
-        all
+        (slot, all)
     }
 }
 

@@ -19,6 +19,10 @@ const NEW_SET: u16 = SUBSYSTEM | 9;
 const NEW_ELEMENT: u16 = SUBSYSTEM | 12;
 const GET_ELEMENT: u16 = SUBSYSTEM | 13;
 const DELETE_ELEMENT: u16 = SUBSYSTEM | 14;
+/// Of connection tracking (nfnetlink_conntrack.h): IPCTNL_MSG_CT_DELETE, CTA_MARK and CTA_MARK_MASK.
+const DELETE_CONNECTION: u16 = 1 << 8 | 2;
+const CONNECTION_MARK: u16 = 8;
+const CONNECTION_MARK_MASK: u16 = 21;
 /// Messages without a subsystem that hold a batch together.
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
@@ -387,6 +391,16 @@ impl Nft {
         messages.answer_last();
         messages.add("ending the batch", BATCH_END, 0, &fixed(0, 10), |_| {});
         self.socket.do_all(messages, true)
+    }
+
+    /// Forgets all connections whose mark is this one under the mask; success where there are none.
+    pub(crate) fn forget_connections(&mut self, mark: u32, mask: u32) -> Result<(), Refused> {
+        let mut messages = Messages::default();
+        let what = "forgetting a microVM's connections (does the kernel have nf_conntrack_netlink?)";
+        messages.add(what, DELETE_CONNECTION, 0, &fixed(0, 0), |to| {
+            to.be32(CONNECTION_MARK, mark).be32(CONNECTION_MARK_MASK, mask);
+        });
+        self.socket.do_all(messages, false)
     }
 
     /// The comment of a table; `None` if there is no such table.
