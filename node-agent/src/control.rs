@@ -14,6 +14,7 @@
 
 pub(crate) mod channels;
 pub mod delivery;
+mod inbox;
 pub(crate) mod listener;
 pub(crate) mod protocol;
 pub(crate) mod session;

@@ -10,7 +10,10 @@
 //!
 //! Invariant: numbers are not reused while a connection lives, so what crosses an end never meets another channel.
 
-use super::protocol::{Violation, violation};
+use super::{
+    inbox::Inbox,
+    protocol::{Violation, violation},
+};
 use crate::{
     metrics::{ChannelCounters, ChannelKind},
     outcome::clean_text,
@@ -30,7 +33,7 @@ use std::{
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// What a guest may send of one stream before the caller took it, bytes. With [`MAX_CHANNELS`] of two streams each this
-/// bounds what one VM makes its blade keep: 8 MiB.
+/// bounds what one VM makes its blade keep: 8 MiB of data, or 16 MiB of the smallest entries (see [`Inbox`]).
 pub(crate) const WINDOW: usize = 64 << 10;
 /// Credit is given back in steps of this size, bytes.
 const STEP: usize = 16 << 10;
@@ -88,7 +91,7 @@ struct Flow {
 struct State {
     /// Sent by the writer before anything else of this channel.
     request: Option<HostMessage>,
-    inbox: VecDeque<Incoming>,
+    inbox: Inbox,
     /// Guest to host: stdout or the only one, and stderr.
     flows: [Flow; 2],
     /// Host to guest: sent, and not given back.
@@ -207,7 +210,7 @@ impl Channels {
                 request: Some(HostMessage {
                     kind: Some(request(number)),
                 }),
-                inbox: VecDeque::new(),
+                inbox: Inbox::default(),
                 flows,
                 in_flight: 0,
                 is_opened: false,
@@ -348,7 +351,7 @@ impl Channels {
                     return violation("Opened of a channel that is open, or has none");
                 }
                 state.is_opened = true;
-                state.push(Incoming::Opened { pid: opened.pid });
+                state.push(guest_message::Kind::Opened(opened));
                 Ok(())
             }),
             Kind::Data(data) => self.on(data.channel, |shared, state| state.take_data(shared.kind, data)),
@@ -416,7 +419,7 @@ impl Channels {
         end.error = clean_text(&end.error, MAX_ERROR);
         table.open.remove(&end.channel);
         state.is_over = true;
-        state.push(Incoming::End(end));
+        state.push(guest_message::Kind::ChannelEnd(end));
         drop(state);
         self.counters.ended(shared.kind);
         shared.wake();
@@ -432,7 +435,6 @@ impl Channels {
         for shared in std::mem::take(&mut table.open).into_values() {
             let mut state = shared.locked();
             state.is_over = true;
-            state.push(Incoming::Lost);
             drop(state);
             self.counters.ended(shared.kind);
             shared.wake();
@@ -450,28 +452,10 @@ fn stream_of(kind: ChannelKind, index: usize) -> ChannelStream {
 }
 
 impl State {
-    fn push(&mut self, incoming: Incoming) {
-        if self.is_left {
-            return;
+    fn push(&mut self, kind: guest_message::Kind) {
+        if !self.is_left {
+            self.inbox.push(kind);
         }
-        // Small pieces are put together: a guest that sends single bytes costs no more than one that sends many.
-        if let (
-            Incoming::Data { stream, data, last },
-            Some(Incoming::Data {
-                stream: open,
-                data: tail,
-                last: tail_last,
-            }),
-        ) = (&incoming, self.inbox.back_mut())
-            && stream == open
-            && !*tail_last
-            && tail.len() + data.len() <= CHANNEL_WINDOW
-        {
-            tail.extend_from_slice(data);
-            *tail_last = *last;
-            return;
-        }
-        self.inbox.push_back(incoming);
     }
 
     /// Credit that is left: goes down by what is received.
@@ -489,8 +473,7 @@ impl State {
     }
 
     fn take_data(&mut self, kind: ChannelKind, data: Data) -> Result<(), Violation> {
-        let Data { stream, data, last, .. } = data;
-        let index = match (kind, ChannelStream::try_from(stream)) {
+        let index = match (kind, ChannelStream::try_from(data.stream)) {
             (ChannelKind::Exec, Ok(ChannelStream::Stdout))
             | (ChannelKind::Get | ChannelKind::Forward, Ok(ChannelStream::Unspecified)) => 0,
             (ChannelKind::Exec, Ok(ChannelStream::Stderr)) => 1,
@@ -504,23 +487,20 @@ impl State {
         if !is_ready {
             return violation("Data before Opened or outside of a file");
         }
-        if data.len() > CHANNEL_WINDOW || (data.is_empty() && !last) {
-            return violation(format!("Data of {} bytes", data.len()));
+        let (length, last) = (data.data.len(), data.last);
+        if length > CHANNEL_WINDOW || (length == 0 && !last) {
+            return violation(format!("Data of {length} bytes"));
         }
         if self.flows[index].is_over {
             return violation("Data after the last");
         }
-        self.spend(index, data.len())?;
+        self.spend(index, length)?;
         if kind == ChannelKind::Get {
             self.in_file = !last;
         } else {
             self.flows[index].is_over = last;
         }
-        self.push(Incoming::Data {
-            stream: stream_of(kind, index),
-            data,
-            last,
-        });
+        self.push(guest_message::Kind::Data(data));
         Ok(())
     }
 
@@ -541,7 +521,7 @@ impl State {
         }
         self.has_entry = true;
         self.spend(0, entry.encoded_len())?;
-        self.push(Incoming::Entry(entry));
+        self.push(guest_message::Kind::TransferEntry(entry));
         Ok(())
     }
 }
@@ -574,14 +554,8 @@ impl Channel {
         loop {
             {
                 let mut state = shared.locked();
-                if let Some(incoming) = state.inbox.pop_front() {
-                    let (index, cost) = match &incoming {
-                        Incoming::Data { stream, data, .. } => {
-                            (usize::from(*stream == ChannelStream::Stderr), data.len())
-                        }
-                        Incoming::Entry(entry) => (0, entry.encoded_len()),
-                        Incoming::Opened { .. } | Incoming::End(_) | Incoming::Lost => (0, 0),
-                    };
+                if let Some(kind) = state.inbox.pop() {
+                    let (index, cost, incoming) = taken(kind);
                     state.flows[index].owed += cost;
                     if state.flows[index].owed >= STEP {
                         channels.due.notify_one();
@@ -594,6 +568,29 @@ impl Channel {
             }
             shared.readable.notified().await;
         }
+    }
+}
+
+/// Of which flow it is, what its sender gets back for it, and what the caller gets.
+fn taken(kind: guest_message::Kind) -> (usize, usize, Incoming) {
+    use guest_message::Kind;
+    match kind {
+        Kind::Opened(opened) => (0, 0, Incoming::Opened { pid: opened.pid }),
+        Kind::Data(Data { stream, data, last, .. }) => {
+            let stream = ChannelStream::try_from(stream).unwrap_or_default();
+            let index = usize::from(stream == ChannelStream::Stderr);
+            (index, data.len(), Incoming::Data { stream, data, last })
+        }
+        Kind::TransferEntry(entry) => (0, entry.encoded_len(), Incoming::Entry(entry)),
+        Kind::ChannelEnd(end) => (0, 0, Incoming::End(end)),
+        // Nothing else is put into an inbox.
+        Kind::Hello(_)
+        | Kind::Ready(_)
+        | Kind::Log(_)
+        | Kind::Heartbeat(_)
+        | Kind::Exit(_)
+        | Kind::Credit(_)
+        | Kind::Done(_) => (0, 0, Incoming::Lost),
     }
 }
 
