@@ -604,8 +604,11 @@ impl Actor {
         reason: Option<EndReason>,
     ) -> Result<Stopping, Refusal> {
         let key = identity.key.clone();
+        // Also where the claimant is on the board already: its task is not known by this name yet.
+        if self.claiming.contains(&key) {
+            return Err(Refusal::Busy("the attempt is claiming a warm agent"));
+        }
         match self.blade.board.entry(&key) {
-            None if self.claiming.contains(&key) => Err(Refusal::Busy("the attempt is claiming a warm agent")),
             None => {
                 self.record(Record::ended_before_it_began(identity, self.blade.clock.now()), true)
                     .await?;
@@ -722,6 +725,7 @@ async fn run_blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stories::doubles::{World, identity, key};
 
     #[test]
     fn admission_says_what_is_missing() {
@@ -750,5 +754,30 @@ mod tests {
                 (got, expected) => panic!("{why}: {got:?}, not {expected:?}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_stop_while_the_claim_is_being_written_is_not_taken_for_done() {
+        let world = World::new();
+        let node = world.start().await;
+        node.ensure().await;
+        // The claimant is on the board, and its task still goes by the warm attempt's name.
+        let mut actor = Actor {
+            blade: node.blade.clone(),
+            room: Room {
+                cpu_millis: 0,
+                memory_mib: 0,
+                max_vms: 0,
+            },
+            damaged: BTreeSet::new(),
+            tasks: JoinSet::new(),
+            keys: HashMap::new(),
+            handles: BTreeMap::new(),
+            signals: BTreeMap::new(),
+            claims: FuturesUnordered::new(),
+            claiming: BTreeSet::from([key()]),
+        };
+        let stopped = actor.stop(identity(1), None, None).await;
+        assert!(matches!(stopped, Err(Refusal::Busy(_))));
     }
 }

@@ -3,13 +3,16 @@
 //! The controller goes first, so that it places nothing more while agents are being ended.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use far_proto::node::{AgentState, EndReason, ListAgentsRequest, Phase, StopAgentRequest, node_client::NodeClient};
+use far_proto::node::{
+    AgentState, EndReason, Identity, ListAgentsRequest, Phase, StopAgentRequest, node_client::NodeClient,
+};
 use tonic::transport::Channel;
 
 use crate::{
@@ -115,19 +118,8 @@ async fn end_agents(folders: &Folders) -> anyhow::Result<()> {
         return Ok(());
     }
     output::note(&format!("ending {} agents …", live.len()));
-    for agent in &live {
-        let mut request = tonic::Request::new(StopAgentRequest {
-            epoch: 0,
-            identity: agent.identity.clone(),
-            grace_s: Some(MAX_AGENT_GRACE_S),
-            reason: EndReason::Evicted.into(),
-        });
-        request.set_timeout(DAEMON_GRACE);
-        client
-            .stop_agent(request)
-            .await
-            .map_err(NodeError::of("stopping an agent"))?;
-    }
+    // A claim that is just being done gives a warm agent another name.
+    let mut told = BTreeSet::new();
     let limit = Duration::from_secs(MAX_AGENT_GRACE_S.into()) + BEYOND_GRACE;
     let begin = Instant::now();
     loop {
@@ -136,11 +128,35 @@ async fn end_agents(folders: &Folders) -> anyhow::Result<()> {
             output::line(&format!("{} agents ended", live.len()));
             return Ok(());
         }
+        for AgentState { identity, .. } in &left {
+            let name = identity.as_ref().map(|of| (of.uid.clone(), of.attempt));
+            if told.contains(&name) {
+                continue;
+            }
+            match stop_agent(&mut client, identity.clone()).await {
+                Ok(()) => drop(told.insert(name)),
+                // Asked for again. One that does not answer at all is not waited for.
+                Err(error) if error.is_busy() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         if begin.elapsed() > limit {
             bail!("{} agents are left after {} s", left.len(), limit.as_secs());
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+async fn stop_agent(client: &mut NodeClient<Channel>, identity: Option<Identity>) -> Result<(), NodeError> {
+    let mut request = tonic::Request::new(StopAgentRequest {
+        epoch: 0,
+        identity,
+        grace_s: Some(MAX_AGENT_GRACE_S),
+        reason: EndReason::Evicted.into(),
+    });
+    request.set_timeout(DAEMON_GRACE);
+    let stopped = client.stop_agent(request).await;
+    stopped.map(drop).map_err(NodeError::of("stopping an agent"))
 }
 
 async fn live_agents(client: &mut NodeClient<Channel>) -> Result<Vec<AgentState>, NodeError> {

@@ -41,6 +41,11 @@ impl NodeError {
         matches!(self, Self::Refused { status, .. } if status.code() == tonic::Code::FailedPrecondition)
     }
 
+    /// Says itself that the call may be made again. A broken connection says so as well, and the next call that it is broken.
+    pub(crate) fn is_busy(&self) -> bool {
+        matches!(self, Self::Refused { status, .. } if status.code() == tonic::Code::Unavailable)
+    }
+
     /// Nobody serves the socket.
     pub(crate) fn is_no_blade(&self) -> bool {
         matches!(self, Self::NoSocket { .. } | Self::Connect { .. })
