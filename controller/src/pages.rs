@@ -109,9 +109,7 @@ impl Pages {
             .with_context(|| format!("binding {option} {address}"))?;
         let bound = listener.local_addr().context("reading the bound address")?;
         self._serving.push(AbortOnDropHandle::new(tokio::spawn(async move {
-            if let Err(error) = far_serve::pages(listener, page, CancellationToken::new()).await {
-                tracing::error!(option, %error, "pages are not served any more");
-            }
+            far_serve::pages(listener, page, CancellationToken::new()).await;
         })));
         Ok(bound)
     }

@@ -58,6 +58,8 @@ const TAIL: usize = 2 << 10;
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// A kill that did not work is tried again.
 const KILL_AGAIN: Duration = Duration::from_secs(10);
+/// Until the control socket of an adopted VM is tried again: a moment without file descriptors must not cost its agent.
+const BIND_AGAIN: Duration = Duration::from_secs(1);
 /// Broken connections of one VM until its init counts as lost.
 const MAX_VIOLATIONS: u32 = 16;
 /// A full disk under the ledger: until the next try.
@@ -426,6 +428,7 @@ impl AgentTask {
                     }
                 }
                 () = blade.clock.until(stale_at) => self.set_stale(true),
+                () = tokio::time::sleep(BIND_AGAIN), if listener.is_none() => listener = self.bind(),
             }
         }
     }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use far_node::config::Args;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::{os::unix::fs::MetadataExt, process::ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,7 @@ fn run() -> Result<()> {
         .context("reading the own user id")?
         .uid();
     let config = Args::parse().check(|name| std::env::var(name).ok(), uid)?;
+    raise_file_limit();
     // Dropped after the runtime, which waits for the work on its blocking threads.
     let _lock = far_node::node::lock_state(&config.state_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -51,6 +53,15 @@ fn run() -> Result<()> {
             () = signals.next() => Ok(()),
         }
     })
+}
+
+/// Each microVM, call and question of a guest takes file descriptors: the soft limit is for programs that use select(2).
+fn raise_file_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
 }
 
 struct Signals {

@@ -3,7 +3,6 @@
 //! Labels are closed sets: no name, id or text of an agent ever becomes one. Sums over agents are taken when somebody asks.
 
 use crate::{agent::Blade, record::Phase};
-use anyhow::{Context, Result};
 use far_serve::Page;
 use prometheus::{Encoder, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 use std::sync::Arc;
@@ -290,7 +289,7 @@ fn whole(value: u64) -> i64 {
 }
 
 /// Serves `GET /metrics` until `shutdown`.
-pub(crate) async fn serve(listener: TcpListener, blade: Arc<Blade>, shutdown: CancellationToken) -> Result<()> {
+pub(crate) async fn serve(listener: TcpListener, blade: Arc<Blade>, shutdown: CancellationToken) {
     let page = move |path: &str| match path {
         "/metrics" => Some(Page {
             code: 200,
@@ -300,7 +299,5 @@ pub(crate) async fn serve(listener: TcpListener, blade: Arc<Blade>, shutdown: Ca
         "/healthz" => Some(Page::plain(200, "ok\n")),
         _ => None,
     };
-    far_serve::pages(listener, page, shutdown)
-        .await
-        .context("accepting on --metrics-listen")
+    far_serve::pages(listener, page, shutdown).await;
 }

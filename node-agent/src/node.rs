@@ -79,7 +79,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<()> {
             .local_addr()
             .context("reading the address of --metrics-listen")?;
         tracing::info!(%address, "metrics are served at /metrics");
-        serving.spawn(crate::metrics::serve(listener, blade.clone(), shutdown.clone()));
+        let served = crate::metrics::serve(listener, blade.clone(), shutdown.clone());
+        serving.spawn(async {
+            served.await;
+            Ok(())
+        });
     }
     let local = NodeApi::new(supervisor.clone(), machine.clone(), epochs.clone(), Origin::Blade);
     serving.spawn(unix_socket::serve(socket, local, shutdown.clone()));

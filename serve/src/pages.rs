@@ -1,6 +1,6 @@
 //! Plain pages over HTTP/1.1 for Prometheus and for probes: `GET` only, bounded in connections and time.
 
-use std::{convert::Infallible, io, time::Duration};
+use std::{convert::Infallible, time::Duration};
 
 use http_body_util::Full;
 use hyper::{
@@ -10,11 +10,16 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    task::{JoinSet, spawn_blocking},
+};
 use tokio_util::sync::CancellationToken;
 
 /// Connections at a time; more wait in the backlog.
 const MAX_CONNECTIONS: usize = 16;
+/// After a connection that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// From accept to the answer.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
@@ -41,31 +46,28 @@ impl Page {
     }
 }
 
-/// Answers `GET` with the page of a path until `shutdown`; `None` is 404.
-///
-/// # Errors
-/// Connections cannot be accepted while none is open.
+/// Answers `GET` with the page of a path until `shutdown`; `None` is 404. `page` may block.
 pub async fn pages(
     listener: TcpListener,
     page: impl Fn(&str) -> Option<Page> + Clone + Send + 'static,
     shutdown: CancellationToken,
-) -> io::Result<()> {
+) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
+            () = shutdown.cancelled() => return,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => {
-                let (stream, _) = match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) if connections.is_empty() => return Err(error),
-                    Err(_) => continue,
+                let Ok((stream, _)) = accepted else {
+                    // EMFILE and its like: the backlog waits a moment.
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
                 };
                 let page = page.clone();
                 connections.spawn(async move {
                     let service = service_fn(move |request| {
-                        let answer = answer(&request, &page);
-                        async move { Ok::<_, Infallible>(answer) }
+                        let page = page.clone();
+                        async move { Ok::<_, Infallible>(answer(&request, page).await) }
                     });
                     let serving = http1::Builder::new()
                         .timer(TokioTimer::new())
@@ -79,10 +81,15 @@ pub async fn pages(
     }
 }
 
-fn answer(request: &Request<Incoming>, page: &impl Fn(&str) -> Option<Page>) -> Response<Full<Bytes>> {
-    let found = (request.method() == "GET")
-        .then(|| page(request.uri().path()))
-        .flatten();
+async fn answer(
+    request: &Request<Incoming>,
+    page: impl Fn(&str) -> Option<Page> + Send + 'static,
+) -> Response<Full<Bytes>> {
+    let mut found = None;
+    if request.method() == "GET" {
+        let path = request.uri().path().to_owned();
+        found = spawn_blocking(move || page(&path)).await.ok().flatten();
+    }
     let page = found.unwrap_or_else(|| Page::plain(404, "not found\n"));
     let mut response = Response::new(Full::new(Bytes::from(page.text)));
     *response.status_mut() = StatusCode::from_u16(page.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

@@ -1007,7 +1007,7 @@ async fn metrics_are_served_over_http_and_nothing_else_is() {
         assert!(answer.contains(expected), "{path}: {answer}");
     }
     shutdown.cancel();
-    serving.await.unwrap().unwrap();
+    serving.await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@ use super::doubles::*;
 use crate::{
     outcome::VmmEnd,
     record::{EndReason, Phase},
+    spec::{check_identity, tests::wire_identity},
 };
 use far_proto::guest::Stage;
 use std::time::Duration;
@@ -316,4 +317,32 @@ async fn an_attempt_that_had_no_microvm_when_the_machine_went_down_never_gets_on
     assert_eq!(node.until_ended().await.reason, EndReason::BladeRebooted);
     node.ensure().await;
     assert_eq!(world.host.boots(&vm()), 0, "also when they come later");
+}
+
+#[tokio::test]
+async fn a_control_socket_that_could_not_be_bound_is_bound_later() {
+    let world = World::new();
+    let node = world.start().await;
+    node.ensure().await;
+    node.until_phase(Phase::Starting).await;
+    while world.host.boots(&vm()) == 0 {
+        tokio::task::yield_now().await;
+    }
+    node.kill().await;
+    // Nothing can be bound where a folder lies: as bad as having no file descriptor left.
+    let in_the_way = world.socket(&vm());
+    let _ = std::fs::remove_file(&in_the_way);
+    std::fs::create_dir(&in_the_way).unwrap();
+    let node = world.start().await;
+    node.ensure().await;
+    // The answer comes from a task that has tried to bind.
+    let other = check_identity(Some(wire_identity("other", 1))).unwrap();
+    assert!(node.supervisor.claim(key(), other, spec()).await.is_err());
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let mut guest = Guest::dial(&in_the_way, 1, Stage::WaitingForConfig).await;
+    guest.start().await;
+    guest.exit(0, 0).await;
+    assert!(guest.is_acknowledged().await);
+    world.host.end(&vm(), VmmEnd::Clean);
+    assert_eq!(node.until_ended().await.reason, EndReason::Completed);
 }
