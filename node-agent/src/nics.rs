@@ -98,7 +98,10 @@ pub struct Uplink {
 pub(crate) struct Open {
     pub(crate) network: Arc<Network>,
     owners: Mutex<BTreeMap<VmId, Slot>>,
+    /// Never held while the kernel is asked.
     uplink: Mutex<Uplink>,
+    /// One at a time makes the way out.
+    connecting: Mutex<()>,
 }
 
 #[derive(Debug, Clone)]
@@ -182,6 +185,7 @@ impl Nics {
                     network: Arc::new(network),
                     owners: Mutex::new(owners),
                     uplink: Mutex::default(),
+                    connecting: Mutex::default(),
                 };
                 State::Open(Arc::new(open))
             }
@@ -317,10 +321,11 @@ impl Open {
 
     /// Makes the way out if it is not there; says what is in its way.
     fn connect_uplink(&self) -> String {
-        let mut uplink = held(&self.uplink);
+        let _one_at_a_time = held(&self.connecting);
+        let before = self.uplink();
         let connect = || -> Result<Uplink, far_net::NetworkError> {
             let blade = GuestNetns::current()?;
-            if !uplink.is_connected {
+            if !before.is_connected {
                 self.network.connect_uplink(&blade)?;
             }
             let (is_forwarding, is_forwarding6) = blade.forwards()?;
@@ -340,18 +345,22 @@ impl Open {
                 lack: lack.to_owned(),
             })
         };
-        match connect() {
-            Ok(found) => *uplink = found,
+        let now = match connect() {
+            Ok(found) => found,
             Err(error) => {
                 tracing::error!(error = %told(&error), "the guests' way out cannot be made");
                 let text = format!(
                     "spec.network.egress: the blade's uplink cannot be made: {}",
                     told(&error)
                 );
-                uplink.lack = clean_text(&text, MAX_MESSAGE);
+                Uplink {
+                    lack: clean_text(&text, MAX_MESSAGE),
+                    ..before
+                }
             }
-        }
-        uplink.lack.clone()
+        };
+        held(&self.uplink).clone_from(&now);
+        now.lack
     }
 }
 

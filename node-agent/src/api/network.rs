@@ -110,14 +110,14 @@ impl Network for NodeApi {
         };
         let owners = open.owners();
         let asked = open.clone();
-        let (counters, pins) = blocking(move || {
+        let (counters, pins, (taken, slots)) = blocking(move || {
             let counters = asked.network.all_counters()?;
             let pins = owners
                 .iter()
                 .filter(|(vm, _)| wanted.as_ref().is_none_or(|wanted| wanted == *vm))
                 .map(|(vm, slot)| Ok((vm.clone(), *slot, asked.network.pins(*slot)?)))
                 .collect::<Result<Vec<_>, far_net::NetworkError>>();
-            Ok::<_, far_net::NetworkError>((counters, pins?))
+            Ok::<_, far_net::NetworkError>((counters, pins?, asked.network.use_of_slots()))
         })
         .await?
         .map_err(|error| failed(&error))?;
@@ -127,7 +127,6 @@ impl Network for NodeApi {
             let counters = counters.get(&slot).copied().unwrap_or_default();
             Some(agent_network(&record, &place, &policy, &pinned, &counters))
         });
-        let (taken, slots) = open.network.use_of_slots();
         let (options, uplink) = (open.network.options(), open.uplink());
         Ok(Response::new(proto::ListNetworksResponse {
             networks: networks.collect(),
