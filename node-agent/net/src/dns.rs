@@ -14,6 +14,7 @@ use hickory_proto::{
     rr::{DNSClass, Name, RData, Record, RecordType},
 };
 use std::{
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -23,13 +24,15 @@ use tokio::{net::UdpSocket, sync::Semaphore, time::timeout};
 /// Bytes of a question or answer over UDP (the usual EDNS size; what is longer comes truncated).
 const MAX_BYTES: usize = 4096;
 /// Questions that wait for the resolver at once; more are dropped, and asked again by the guest.
-const MAX_WAITING: usize = 256;
+const MAX_WAITING: usize = 512;
+/// And of one VM.
+const MAX_WAITING_OF_ONE: usize = 16;
 /// Until the resolver has answered.
 const RESOLVER_LIMIT: Duration = Duration::from_secs(5);
-/// A pin lasts at least this long: programs keep addresses longer than they may.
+/// A pin is good for at least this long after an answer: programs keep addresses longer than they may.
 const SHORTEST_PIN: Duration = Duration::from_secs(300);
-/// And at most this long.
-const LONGEST_PIN: Duration = Duration::from_secs(24 * 3600);
+/// And counts as good for at most this long.
+const LONGEST_PIN: Duration = Duration::from_secs(12 * 3600);
 /// Aliases that are followed.
 const MAX_ALIASES: usize = 16;
 /// Addresses of one answer.
@@ -151,18 +154,29 @@ pub fn resolve(question: &[u8], answer: &[u8]) -> Option<Resolved> {
 /// The socket's.
 pub async fn serve(network: Arc<Network>, socket: Arc<UdpSocket>, resolver: SocketAddr) -> std::io::Result<()> {
     let places = Arc::new(Semaphore::new(MAX_WAITING));
+    // No more than the blade has slots: guests cannot forge their addresses.
+    let mut shares: HashMap<IpAddr, Arc<Semaphore>> = HashMap::new();
+    // The kernel makes one change at a time: who waits for it shall not hold a thread.
+    let pinning = Arc::new(Semaphore::new(1));
     let mut waiting = tokio::task::JoinSet::new();
     let mut buffer = vec![0; MAX_BYTES];
     loop {
         let (length, from) = socket.recv_from(&mut buffer).await?;
         while waiting.try_join_next().is_some() {}
+        let share = shares
+            .entry(from.ip())
+            .or_insert_with(|| Arc::new(Semaphore::new(MAX_WAITING_OF_ONE)));
+        let Ok(of_its_own) = share.clone().try_acquire_owned() else {
+            continue;
+        };
         let Ok(place) = places.clone().try_acquire_owned() else {
             continue;
         };
+        let pinning = pinning.clone();
         let (network, socket, question) = (network.clone(), socket.clone(), buffer[..length].to_vec());
         waiting.spawn(async move {
-            let _place = place;
-            if let Some(answer) = answer(network, &question, from.ip(), resolver).await {
+            let _places = (of_its_own, place);
+            if let Some(answer) = answer(network, &question, from.ip(), resolver, &pinning).await {
                 // One that is lost is asked for again.
                 let _ = socket.send_to(&answer, from).await;
             }
@@ -170,7 +184,13 @@ pub async fn serve(network: Arc<Network>, socket: Arc<UdpSocket>, resolver: Sock
     }
 }
 
-async fn answer(network: Arc<Network>, question: &[u8], from: IpAddr, resolver: SocketAddr) -> Option<Vec<u8>> {
+async fn answer(
+    network: Arc<Network>,
+    question: &[u8],
+    from: IpAddr,
+    resolver: SocketAddr,
+    pinning: &Semaphore,
+) -> Option<Vec<u8>> {
     let (place, policy) = network.of_address(from)?;
     let name = match judge(question, |name| policy.resolves(name)) {
         Asked::Forward(name) => name,
@@ -180,10 +200,11 @@ async fn answer(network: Arc<Network>, question: &[u8], from: IpAddr, resolver: 
     let told = timeout(RESOLVER_LIMIT, ask(question, resolver)).await.ok()?.ok()?;
     let resolved = resolve(question, &told)?;
     let pins = resolved.pins;
-    let pinned = tokio::task::spawn_blocking(move || {
-        pins.into_iter()
-            .try_for_each(|(address, lifetime)| network.pin(place.slot, &name, address, lifetime).map(drop))
-    });
+    if pins.is_empty() {
+        return Some(resolved.answer);
+    }
+    let _turn = pinning.acquire().await.ok()?;
+    let pinned = tokio::task::spawn_blocking(move || network.pin_all(place.slot, &name, &pins));
     pinned.await.ok()?.ok()?;
     Some(resolved.answer)
 }

@@ -14,6 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     ops::RangeInclusive,
+    time::Duration,
 };
 
 /// Elements with the sets that they are in, in the order in which they are added.
@@ -200,29 +201,33 @@ pub(crate) fn permissions(place: &Place, policy: &Policy, generation: u8) -> Ele
     elements
 }
 
-/// The element that pins a resolved address, for so many milliseconds; `None` if no rule is for the name.
-pub(crate) fn pin(
+/// The elements that pin resolved addresses, each for twice its time, with their sets of [`INET`]; none if no rule is for the name.
+pub(crate) fn pins<'a>(
     place: &Place,
     policy: &Policy,
     generation: u8,
     name: &crate::policy::DnsName,
-    address: IpAddr,
-    milliseconds: u64,
-) -> Option<(Table, &'static str, Element)> {
+    addresses: impl Iterator<Item = &'a (IpAddr, Duration)>,
+) -> Vec<(&'static str, Element)> {
     let ports = Ports::of(policy.rules_for_name(name));
-    let number = *Classes::of(policy).numbers.get(&ports)?;
+    let Some(number) = Classes::of(policy).numbers.get(&ports).copied() else {
+        return Vec::new();
+    };
     let mark = mark(place, generation).to_ne_bytes();
-    let (set, key) = match address {
-        IpAddr::V4(address) => ("pins4", key(&[&mark, &address.octets()])),
-        IpAddr::V6(address) => ("pins6", key(&[&mark, &address.octets()])),
+    let data = class(place.slot, generation, number).to_ne_bytes();
+    let pin = |(address, lifetime): &(IpAddr, Duration)| {
+        let (set, key) = match address {
+            IpAddr::V4(address) => ("pins4", key(&[&mark, &address.octets()])),
+            IpAddr::V6(address) => ("pins6", key(&[&mark, &address.octets()])),
+        };
+        let element = Element {
+            timeout: Some(u64::try_from(lifetime.as_millis().saturating_mul(2)).unwrap_or(u64::MAX)),
+            comment: Some(name.as_str().to_owned()),
+            ..Element::with_data(key, data.to_vec())
+        };
+        (set, element)
     };
-    let data = class(place.slot, generation, number).to_ne_bytes().to_vec();
-    let element = Element {
-        timeout: Some(milliseconds),
-        comment: Some(name.as_str().to_owned()),
-        ..Element::with_data(key, data)
-    };
-    Some((INET, set, element))
+    addresses.map(pin).collect()
 }
 
 /// Protocols with their ports, in the least number of ranges.

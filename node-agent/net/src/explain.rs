@@ -146,14 +146,14 @@ pub fn explain(place: &Place, policy: &Policy, pinned: &Pinned, blade: &[IpAddr]
 mod tests {
     use super::*;
     use crate::{
-        elements::{gate, identity, permissions, pin},
+        elements::{gate, identity, permissions, pins as pins_of},
         nft::Element,
         policy::{Cidr, Rule, Service},
         slot::Slot,
         table::shard_of,
     };
     use proptest::prelude::*;
-    use std::net::Ipv4Addr;
+    use std::{net::Ipv4Addr, time::Duration};
 
     /// Looks a key up in a tree of intervals as the kernel does.
     fn interval_value(elements: &[Element], key: &[u8]) -> Option<Option<Vec<u8>>> {
@@ -184,7 +184,8 @@ mod tests {
         };
         let pinned: Vec<Element> = pins
             .iter()
-            .filter_map(|(address, name)| Some(pin(place, policy, 3, name, *address, 1)?.2))
+            .flat_map(|(address, name)| pins_of(place, policy, 3, name, std::iter::once(&(*address, Duration::ZERO))))
+            .map(|(_, element)| element)
             .collect();
         let by_name = pinned
             .iter()

@@ -13,6 +13,8 @@ mod counters;
 mod pins;
 mod reclaim;
 
+use pins::Pin;
+
 pub use counters::{Count, Counters};
 pub use reclaim::{Proven, Reclaimed};
 
@@ -30,7 +32,7 @@ use crate::{
 use std::{
     collections::BTreeMap,
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
 };
 
 /// What was just done, for whoever follows along: tests end the process there.
@@ -119,7 +121,7 @@ struct Attached {
     generation: u8,
     index: u32,
     lease: Option<Lease>,
-    pins: Vec<(&'static str, Vec<u8>)>,
+    pins: Vec<Pin>,
 }
 
 #[derive(Debug)]
@@ -140,6 +142,8 @@ pub struct Network {
     netns: Option<GuestNetns>,
     options: Options,
     state: Mutex<State>,
+    /// Who is where, for those who must not wait for the kernel: what `state` has attached.
+    known: RwLock<BTreeMap<u16, (Place, Policy)>>,
 }
 
 impl Network {
@@ -154,6 +158,7 @@ impl Network {
             netns: Some(netns),
             options,
             state: Mutex::new(state),
+            known: RwLock::default(),
         })
     }
 
@@ -166,6 +171,7 @@ impl Network {
             netns: None,
             options,
             state: Mutex::new(Self::state(options)?),
+            known: RwLock::default(),
         })
     }
 
@@ -347,6 +353,7 @@ impl Network {
             return Err(refused.into());
         }
         (self.options.on_step)(Step::Up);
+        self.know(attached.place.slot, Some((&attached.place, &attached.policy)));
         Ok(attached)
     }
 
@@ -377,6 +384,7 @@ impl Network {
         nft.commit(batch)?;
         pins::unpin(nft, attached);
         (attached.policy, attached.generation) = (policy, generation);
+        self.know(slot, Some((&attached.place, &attached.policy)));
         Ok(())
     }
 
@@ -391,6 +399,7 @@ impl Network {
         };
         match self.disconnect(&mut state, &mut attached) {
             Ok(()) => {
+                self.know(slot, None);
                 if let Some(lease) = attached.lease {
                     state.pool.give_back(lease);
                 }
@@ -422,23 +431,16 @@ impl Network {
         Ok(())
     }
 
-    /// Who is where under which policy.
+    /// Who is where under which policy. Does not wait for the kernel.
     #[must_use]
     pub fn list(&self) -> Vec<(Place, Policy)> {
-        let state = self.lock();
-        state
-            .attached
-            .values()
-            .map(|attached| (attached.place.clone(), attached.policy.clone()))
-            .collect()
+        self.known().values().cloned().collect()
     }
 
-    /// Who is on a slot under which policy.
+    /// Who is on a slot under which policy. Does not wait for the kernel.
     #[must_use]
     pub fn of_slot(&self, slot: Slot) -> Option<(Place, Policy)> {
-        let state = self.lock();
-        let attached = state.attached.get(&slot.number())?;
-        Some((attached.place.clone(), attached.policy.clone()))
+        self.known().get(&slot.number()).cloned()
     }
 
     /// Slots taken and slots there are.
@@ -448,16 +450,14 @@ impl Network {
         (state.pool.taken(), state.pool.capacity())
     }
 
-    /// The VM whose slot's address this is.
+    /// The VM whose slot's address this is. Does not wait for the kernel.
     #[must_use]
     pub fn of_address(&self, address: IpAddr) -> Option<(Place, Policy)> {
-        let state = self.lock();
         let is_its = |place: &Place| match address {
             IpAddr::V4(address) => place.address == address,
             IpAddr::V6(address) => place.address6 == Some(address),
         };
-        let found = state.attached.values().find(|attached| is_its(&attached.place))?;
-        Some((found.place.clone(), found.policy.clone()))
+        self.known().values().find(|(place, _)| is_its(place)).cloned()
     }
 
     /// Names a bridge whose guests' packets come to the blade through it. Once per bridge.
@@ -487,6 +487,18 @@ impl Network {
         match state.links.find(tap.as_str())? {
             Some(link) => Ok(state.links.delete(link.index, &link.name)?),
             None => Ok(()),
+        }
+    }
+
+    fn known(&self) -> RwLockReadGuard<'_, BTreeMap<u16, (Place, Policy)>> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn know(&self, slot: Slot, who: Option<(&Place, &Policy)>) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        match who {
+            Some((place, policy)) => drop(known.insert(slot.number(), (place.clone(), policy.clone()))),
+            None => drop(known.remove(&slot.number())),
         }
     }
 

@@ -485,7 +485,7 @@ fn a_pinned_name_opens_its_address_and_rebinding_is_refused() {
     assert_eq!(tap.receive_echo("the echo"), "192.0.2.2 pinned");
     let listed = common::json(&blade.path(), "nft -j list map inet far pins4").to_string();
     assert!(
-        listed.contains("198.51.100.1") && listed.contains("\"timeout\":300"),
+        listed.contains("198.51.100.1") && listed.contains("\"timeout\":600"),
         "{listed}"
     );
     assert!(

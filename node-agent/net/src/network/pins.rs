@@ -9,61 +9,112 @@ use crate::{
     slot::Slot,
     table::INET,
 };
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
-/// Pins kept per VM; the oldest goes for the newest.
+/// Pins kept per VM; the oldest go for the newest.
 const MAX_PINS: usize = 1024;
 
+/// A pin that the kernel has, or had until it went by itself.
+#[derive(Debug)]
+pub(super) struct Pin {
+    pub(super) set: &'static str,
+    pub(super) key: Vec<u8>,
+    /// As it was made, and until when it lasts; not known of one that was adopted.
+    made: Option<(Element, Instant)>,
+}
+
+impl Pin {
+    pub(super) fn adopted(set: &'static str, key: Vec<u8>) -> Self {
+        Self { set, key, made: None }
+    }
+
+    fn is_of(&self, set: &str, element: &Element) -> bool {
+        self.set == set && self.key == element.key
+    }
+
+    /// It says the same, and half of what this one would last is left.
+    fn is_enough_for(&self, element: &Element, now: Instant) -> bool {
+        self.made.as_ref().is_some_and(|(made, until)| {
+            until.saturating_duration_since(now) >= time_of(element) / 2
+                && made.data == element.data
+                && made.comment == element.comment
+        })
+    }
+}
+
+fn time_of(element: &Element) -> Duration {
+    Duration::from_millis(element.timeout.unwrap_or(0))
+}
+
 impl Network {
-    /// Lets a VM reach an address that a name of its policy resolved to, for `lifetime`. False if no rule is for the name,
-    /// or if the address is one that a name may not stand for (rebinding).
+    /// Lets a VM reach an address that a name of its policy resolved to, for `lifetime` and up to as long again. False if no
+    /// rule is for the name, or if the address is one that a name may not stand for (rebinding).
     ///
     /// # Errors
     /// The kernel's.
     pub fn pin(&self, slot: Slot, name: &DnsName, address: IpAddr, lifetime: Duration) -> Result<bool, NetworkError> {
+        Ok(self.pin_all(slot, name, &[(address, lifetime)])? == 1)
+    }
+
+    /// The same for all addresses of one answer, in one transaction; how many different ones are pinned now. The kernel is
+    /// not asked where a pin lasts long enough: they are made for twice their lifetime.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn pin_all(&self, slot: Slot, name: &DnsName, addresses: &[(IpAddr, Duration)]) -> Result<usize, NetworkError> {
         let mut state = self.lock();
         let State { attached, nft, .. } = &mut *state;
         let none = NetworkError::NotAttached { slot: slot.number() };
         let attached = attached.get_mut(&slot.number()).ok_or(none)?;
-        if crate::policy::is_never(address) || crate::policy::is_private(address) {
-            return Ok(false);
+        let allowed = addresses
+            .iter()
+            .filter(|(address, _)| !crate::policy::is_never(*address) && !crate::policy::is_private(*address));
+        let mut wanted = elements::pins(&attached.place, &attached.policy, attached.generation, name, allowed);
+        wanted.sort_unstable();
+        wanted.dedup_by(|(set, element), (before, kept)| (&*set, &element.key) == (&*before, &kept.key));
+        let now = Instant::now();
+        let missing: Vec<&(&'static str, Element)> = wanted
+            .iter()
+            .filter(|(set, element)| {
+                let mut known = attached.pins.iter();
+                !known.any(|pin| pin.is_of(set, element) && pin.is_enough_for(element, now))
+            })
+            .collect();
+        if missing.is_empty() {
+            return Ok(wanted.len());
         }
-        let milliseconds = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
-        let Attached {
-            place,
-            policy,
-            generation,
-            ..
-        } = &*attached;
-        let Some((table, set, element)) = elements::pin(place, policy, *generation, name, address, milliseconds) else {
-            return Ok(false);
-        };
-        let key = (set, element.key.clone());
-        // A pin that is there keeps its time in the kernel: it is made anew, for the longer time.
-        let mut batch = Batch::new();
-        if nft.element(table, set, &element.key)?.is_some() {
-            batch.delete_elements(table, set, std::slice::from_ref(&element));
-        }
-        batch.add_elements(table, set, std::slice::from_ref(&element));
-        match nft.commit(batch) {
-            // It went by itself between the look and the change.
-            Err(refused) if refused.code() == libc::ENOENT => {
-                let mut again = Batch::new();
-                again.add_elements(table, set, &[element]);
-                nft.commit(again)?;
+        let (mut batch, mut bare) = (Batch::new(), Batch::new());
+        for (set, element) in &missing {
+            let is_known = attached.pins.iter().any(|pin| pin.is_of(set, element));
+            // A pin that is there keeps its time in the kernel: it is made anew, for the longer time.
+            if is_known && nft.element(INET, set, &element.key)?.is_some() {
+                batch.delete_elements(INET, set, std::slice::from_ref(element));
             }
-            other => other?,
+            batch.add_elements(INET, set, std::slice::from_ref(element));
+            bare.add_elements(INET, set, std::slice::from_ref(element));
         }
-        attached.pins.retain(|pin| *pin != key);
-        if attached.pins.len() >= MAX_PINS {
-            let (set, key) = attached.pins.remove(0);
-            let mut batch = Batch::new();
-            batch.delete_elements(INET, set, &[Element::of(key)]);
-            // One that has gone by itself is as good.
-            let _ = nft.commit(batch);
-        }
-        attached.pins.push(key);
-        Ok(true)
+        let is_new = match nft.commit(batch) {
+            // One went by itself between the look and the change; others keep the time that they had.
+            Err(refused) if refused.code() == libc::ENOENT => nft.commit(bare).map(|()| false)?,
+            other => other.map(|()| true)?,
+        };
+        attached
+            .pins
+            .retain(|pin| !missing.iter().any(|(set, element)| pin.is_of(set, element)));
+        attached.pins.extend(missing.iter().map(|(set, element)| {
+            let until = now.checked_add(time_of(element)).filter(|_| is_new);
+            Pin {
+                set,
+                key: element.key.clone(),
+                made: until.map(|until| (element.clone(), until)),
+            }
+        }));
+        let too_many = attached.pins.len().saturating_sub(MAX_PINS);
+        remove(nft, attached.pins.drain(..too_many).collect());
+        Ok(wanted.len())
     }
 
     /// The addresses that are pinned for a VM now, with the names that they were resolved for.
@@ -90,11 +141,24 @@ impl Network {
     }
 }
 
-/// Removes the pins of a policy that is no longer in force; those that went by themselves are gone already.
+/// Removes the pins of a policy that is no longer in force.
 pub(super) fn unpin(nft: &mut Nft, attached: &mut Attached) {
-    for (set, key) in attached.pins.drain(..) {
+    remove(nft, std::mem::take(&mut attached.pins));
+}
+
+fn remove(nft: &mut Nft, pins: Vec<Pin>) {
+    let batch_of = |pins: &[Pin]| {
         let mut batch = Batch::new();
-        batch.delete_elements(INET, set, &[Element::of(key)]);
-        let _ = nft.commit(batch);
+        for pin in pins {
+            batch.delete_elements(INET, pin.set, &[Element::of(pin.key.clone())]);
+        }
+        batch
+    };
+    if pins.is_empty() || nft.commit(batch_of(&pins)).is_ok() {
+        return;
+    }
+    // Some have gone by themselves, which is as good.
+    for pin in &pins {
+        let _ = nft.commit(batch_of(std::slice::from_ref(pin)));
     }
 }

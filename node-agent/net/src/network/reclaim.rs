@@ -1,6 +1,6 @@
 //! After a restart: what the kernel still holds is brought in line with what a ledger proves.
 
-use super::{Attached, Network, NetworkError, State, add, delete, everything};
+use super::{Attached, Network, NetworkError, State, add, delete, everything, pins::Pin};
 use crate::{
     elements::Elements,
     links::Link,
@@ -145,11 +145,12 @@ impl Network {
             pins: match kept {
                 Some(_) => pins
                     .into_iter()
-                    .flat_map(|(_, set, of)| of.into_iter().map(move |pin| (set, pin.key)))
+                    .flat_map(|(_, set, of)| of.into_iter().map(move |pin| Pin::adopted(set, pin.key)))
                     .collect(),
                 None => Vec::new(),
             },
         };
+        self.know(place.slot, Some((place, policy)));
         state.attached.insert(place.slot.number(), attached);
         Ok(true)
     }
