@@ -144,19 +144,16 @@ impl Ledger {
             source,
         };
         let mut loaded = Loaded::default();
+        let mut specs = BTreeSet::new();
         for entry in fs::read_dir(&self.folder).map_err(in_folder)? {
             let name = entry.map_err(in_folder)?.file_name().to_string_lossy().into_owned();
             if let Some(vm) = name.strip_suffix(".damaged").and_then(VmId::parse) {
                 loaded.damaged.insert(vm);
+            } else if let Some(vm) = name.strip_suffix(".spec.json").and_then(VmId::parse) {
+                specs.insert(vm);
             } else if let Some(vm) = name.strip_suffix(".json").and_then(VmId::parse) {
                 match self.read(&vm) {
-                    Some(record) if record.is_ended() => {
-                        // Left by a crash, or by a disk that failed, between the end and its removal.
-                        if let Err(error) = self.remove_spec(&vm) {
-                            tracing::warn!(vm.id = %vm, %error, "the spec of an ended attempt is left in the ledger");
-                        }
-                        loaded.records.push((record, None));
-                    }
+                    Some(record) if record.is_ended() => loaded.records.push((record, None)),
                     Some(record) => {
                         let spec = self.read_spec(&vm);
                         loaded.records.push((record, spec));
@@ -170,6 +167,15 @@ impl Ledger {
             } else if name.ends_with(".tmp") {
                 // Left by a crash between write and rename: it was never true.
                 remove_file(&self.folder.join(&name)).map_err(in_folder)?;
+            }
+        }
+        for (record, _) in loaded.records.iter().filter(|(record, _)| !record.is_ended()) {
+            specs.remove(&record.name());
+        }
+        // Left by a crash, or by a disk that failed, between a spec and its record, or between an end and its removal.
+        for vm in specs {
+            if let Err(error) = self.remove_spec(&vm) {
+                tracing::warn!(vm.id = %vm, %error, "a spec that no live attempt has is left in the ledger");
             }
         }
         self.finish_claims(&mut loaded.records)?;
@@ -256,11 +262,15 @@ mod tests {
     }
 
     #[test]
-    fn the_spec_of_an_ended_attempt_goes_at_the_next_start() {
+    fn the_spec_of_an_attempt_that_ended_or_never_was_recorded_goes_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let spec = check_spec(Some(wire_spec())).unwrap();
         let mut record = fresh();
+        ledger.write_spec(&record.vm_id, &spec.without_secrets()).unwrap();
+        // A crash before there was a record.
+        assert_eq!(ledger.load().unwrap().records, vec![]);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         ledger.write_spec(&record.vm_id, &spec.without_secrets()).unwrap();
         let end = Fact::Ended {
             at: 1,
