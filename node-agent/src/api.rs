@@ -295,17 +295,8 @@ impl Node for NodeApi {
         let reference = receive(request.into_inner(), &archive.0).await?;
         let store = images.clone();
         let loaded = blocking(move || store.load(&reference, &archive.0)).await??;
-        // The reference may have left another image behind. One that an attempt is being prepared from is not in its record
-        // yet: then the next load sees to it.
-        let (entries, _) = self.board().entries();
-        let live = entries.iter().filter(|entry| !entry.record.is_ended());
-        let in_use: Option<_> = live.map(|entry| entry.record.image_digest.clone()).collect();
-        if let Some(in_use) = in_use
-            && let Err(error) = blocking(move || images.collect(&in_use)).await?
-        {
-            tracing::warn!(%error, "images without a name are left");
-        }
-        self.supervisor.blade().images_changed.notify_one();
+        // The reference may have left another image behind.
+        self.collect_images().await?;
         Ok(Response::new(wire::image(loaded)))
     }
 
@@ -327,12 +318,27 @@ impl Node for NodeApi {
         self.only_from_the_blade()?;
         let images = self.supervisor.blade().images.clone();
         let reference = request.into_inner().reference;
+        blocking(move || images.remove(&reference)).await??;
+        self.collect_images().await?;
+        Ok(Response::new(proto::RemoveImageResponse {}))
+    }
+}
+
+impl NodeApi {
+    /// Removes images that have no name and no attempt. One that an attempt is being prepared from is not in its record
+    /// yet: then nothing goes, and the next load or removal sees to it.
+    async fn collect_images(&self) -> Result<(), Status> {
+        let images = self.supervisor.blade().images.clone();
         let (entries, _) = self.board().entries();
         let live = entries.iter().filter(|entry| !entry.record.is_ended());
-        let in_use = live.filter_map(|entry| entry.record.image_digest.clone()).collect();
-        blocking(move || images.remove(&reference, &in_use)).await??;
+        let in_use: Option<_> = live.map(|entry| entry.record.image_digest.clone()).collect();
+        if let Some(in_use) = in_use
+            && let Err(error) = blocking(move || images.collect(&in_use)).await?
+        {
+            tracing::warn!(%error, "images without a name are left");
+        }
         self.supervisor.blade().images_changed.notify_one();
-        Ok(Response::new(proto::RemoveImageResponse {}))
+        Ok(())
     }
 }
 

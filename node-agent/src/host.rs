@@ -167,11 +167,11 @@ pub trait Images: Debug + Send + Sync + 'static {
     /// # Errors
     /// Bad archive or reference, or the store fails; nothing is stored then.
     fn load(&self, reference: &str, archive: &Path) -> Result<StoredImage, ImageFault>;
-    /// Removes a reference, and its image with the last one unless its digest is in use. Unknown is success.
+    /// Removes a reference; its image stays until it is collected. Unknown is success.
     ///
     /// # Errors
     /// The store fails.
-    fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageFault>;
+    fn remove(&self, reference: &str) -> Result<(), ImageFault>;
     /// Removes what no reference names any more and is not in use.
     ///
     /// # Errors

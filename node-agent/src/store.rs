@@ -92,8 +92,8 @@ impl Images for Store {
         self.images.load_archive(file, reference).map(stored).map_err(fault)
     }
 
-    fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageFault> {
-        self.images.remove(reference, in_use).map_err(fault)
+    fn remove(&self, reference: &str) -> Result<(), ImageFault> {
+        self.images.remove(reference).map_err(fault)
     }
 
     fn collect(&self, in_use: &BTreeSet<String>) -> Result<(), ImageFault> {

@@ -246,18 +246,17 @@ impl ImageStore {
         Ok(digests.iter().filter_map(readable).collect())
     }
 
-    /// Forgets a reference, and the content when no other reference names it and it is not in `in_use` (digests of
-    /// images that a microVM has open). Unknown: success.
+    /// Forgets a reference; its content stays until it is collected. Unknown: success.
     ///
     /// # Errors
     /// [`ImageError::Io`].
-    pub fn remove(&self, reference: &str, in_use: &BTreeSet<String>) -> Result<(), ImageError> {
+    pub fn remove(&self, reference: &str) -> Result<(), ImageError> {
         let _not_while_loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        self.change_references(|references| references.remove(reference))?;
-        self.collect_now(in_use)
+        self.change_references(|references| drop(references.remove(reference)))
     }
 
-    /// Removes content that no reference names (a load moved its name to another image) and that is not in `in_use`.
+    /// Removes content that no reference names and that is not in `in_use` (digests of images that a microVM has open, or
+    /// will have).
     ///
     /// # Errors
     /// [`ImageError::Io`].

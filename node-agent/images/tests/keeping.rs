@@ -93,13 +93,15 @@ fn content_stays_while_a_reference_or_a_vm_has_it() {
     let loaded = place.store.load_archive(image("x").as_slice(), ONE).unwrap();
     place.store.load_archive(image("x").as_slice(), TWO).unwrap();
     let nobody = BTreeSet::new();
-    place.store.remove(ONE, &nobody).unwrap();
+    place.store.remove(ONE).unwrap();
+    place.store.collect(&nobody).unwrap();
     assert!(loaded.rootfs.is_file(), "the second name has it");
     let in_use = BTreeSet::from([loaded.digest.clone()]);
-    place.store.remove(TWO, &in_use).unwrap();
+    place.store.remove(TWO).unwrap();
+    place.store.collect(&in_use).unwrap();
     assert!(loaded.rootfs.is_file(), "a microVM has it");
     assert!(place.store.resolve(TWO).is_err());
-    place.store.remove(TWO, &nobody).unwrap();
+    place.store.collect(&nobody).unwrap();
     assert!(!loaded.rootfs.exists());
     assert!(place.store.list().unwrap().is_empty());
 }
@@ -228,7 +230,8 @@ fn an_image_with_too_many_programs_is_kept_without_a_list_of_them() {
     let hex = &loaded.digest["sha256:".len()..];
     let list = place.dir.path().join(format!("images/programs/{hex}.json"));
     assert!(!list.exists());
-    place.store.remove(ONE, &BTreeSet::new()).unwrap();
+    place.store.remove(ONE).unwrap();
+    place.store.collect(&BTreeSet::new()).unwrap();
     assert_eq!(
         files_below(&place.dir.path().join("images/rootfs")),
         Vec::<String>::new()

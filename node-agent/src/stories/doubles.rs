@@ -30,7 +30,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -152,8 +155,11 @@ impl VmHost for FakeHost {
     }
 }
 
-#[derive(Debug)]
-struct FakeImages;
+#[derive(Debug, Default)]
+pub(crate) struct FakeImages {
+    /// How often images without a name were removed.
+    pub(crate) collections: AtomicU32,
+}
 
 impl Images for FakeImages {
     fn prepare(&self, reference: &str) -> Result<ReadyImage, ImageFault> {
@@ -181,11 +187,12 @@ impl Images for FakeImages {
         Ok(StoredImage::default())
     }
 
-    fn remove(&self, _: &str, _: &BTreeSet<String>) -> Result<(), ImageFault> {
+    fn remove(&self, _: &str) -> Result<(), ImageFault> {
         Ok(())
     }
 
     fn collect(&self, _: &BTreeSet<String>) -> Result<(), ImageFault> {
+        self.collections.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 
@@ -198,6 +205,7 @@ impl Images for FakeImages {
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) host: Arc<FakeHost>,
+    pub(crate) images: Arc<FakeImages>,
     pub(crate) boot_id: String,
     pub(crate) log_max_bytes: u64,
 }
@@ -221,6 +229,7 @@ impl World {
         Self {
             dir,
             host,
+            images: Arc::default(),
             boot_id: "boot-1".into(),
             log_max_bytes: 1 << 20,
         }
@@ -234,7 +243,7 @@ impl World {
             ledger,
             board: Board::open(&self.dir.path().join("seq")).unwrap(),
             host: self.host.clone(),
-            images: Arc::new(FakeImages),
+            images: self.images.clone(),
             nics: Arc::new(crate::nics::Nics::none("no NICs in stories")),
             guests: crate::guests::Guests::default(),
             metrics: crate::metrics::Metrics::default(),

@@ -47,7 +47,7 @@ fn whose() -> Option<proto::Identity> {
     })
 }
 
-async fn serve(world: &World, node: &Node) -> InsideClient<Channel> {
+fn api(world: &World, node: &Node) -> NodeApi {
     let machine = Machine {
         cpu_millis: 4000,
         memory_mib: 4096,
@@ -62,15 +62,22 @@ async fn serve(world: &World, node: &Node) -> InsideClient<Channel> {
         extended: Default::default(),
     };
     let epochs = EpochGuard::open(&world.dir.path().join("epoch")).unwrap();
-    let api = NodeApi::new(
+    NodeApi::new(
         node.supervisor.clone(),
         Arc::new(machine),
         Arc::new(epochs),
         Origin::Blade,
-    );
+    )
+}
+
+async fn serve(world: &World, node: &Node) -> InsideClient<Channel> {
     let path = world.dir.path().join("node.sock");
     let socket = unix_socket::bind(&path).await.unwrap();
-    tokio::spawn(unix_socket::serve(socket, api, node.blade.shutdown.clone()));
+    tokio::spawn(unix_socket::serve(
+        socket,
+        api(world, node),
+        node.blade.shutdown.clone(),
+    ));
     connect_inside_unix(&path).await.unwrap()
 }
 
@@ -1072,4 +1079,26 @@ async fn a_guest_that_was_away_gets_time_and_entropy_and_one_that_blinked_does_n
         }))
         .await;
     assert_eq!(freezing.await.unwrap(), (Ok(()), Err("not  now".into())));
+}
+
+#[tokio::test]
+async fn an_image_that_an_attempt_may_be_prepared_from_loses_its_name_only() {
+    use far_proto::node::node_server::Node as _;
+    let world = World::new();
+    let node = world.start().await;
+    let api = api(&world, &node);
+    let remove = || {
+        let reference = "a".to_owned();
+        api.remove_image(tonic::Request::new(proto::RemoveImageRequest { reference }))
+    };
+    let collections = || world.images.collections.load(std::sync::atomic::Ordering::SeqCst);
+    // Without its secrets it waits, and has no image in its record yet.
+    let waiting = spec().without_secrets().into();
+    node.supervisor.ensure(identity(1), waiting).await.unwrap();
+    remove().await.unwrap();
+    assert_eq!(collections(), 0);
+    node.supervisor.stop(identity(1), None, None).await.unwrap();
+    node.until_ended().await;
+    remove().await.unwrap();
+    assert_eq!(collections(), 1);
 }
