@@ -467,7 +467,7 @@ impl AgentTask {
             Request::Refresh { spec, .. } => {
                 if self.spec.as_ref().is_none_or(|spec| !spec.is_complete()) {
                     self.spec = Some(*spec);
-                    self.deliver();
+                    self.deliver().await;
                 }
                 Ok(())
             }
@@ -564,7 +564,7 @@ impl AgentTask {
         self.blade.metrics.connections.inc();
         self.note_heartbeat();
         match stage {
-            Stage::WaitingForConfig => self.deliver(),
+            Stage::WaitingForConfig => self.deliver().await,
             // Its Ready may have been lost with a connection.
             Stage::Running if self.record.started_at.is_none() => self.note_ready(String::new()).await,
             Stage::Running | Stage::Exited | Stage::Unspecified => {}
@@ -575,17 +575,24 @@ impl AgentTask {
     }
 
     /// Sends Config, files and Start to a guest that waits, once all secrets are known.
-    fn deliver(&mut self) {
+    async fn deliver(&mut self) {
         let (Some(session), Some(spec), Some(launch)) = (&self.session, &self.spec, &self.record.launch) else {
             return;
         };
         if self.record.start_on_claim || self.record.started_at.is_some() || self.record.stop.is_some() {
             return;
         }
-        let name = &self.record.identity.name;
-        if let Some(messages) = delivery::messages(launch, spec, name, self.blade.clock.now()) {
-            self.may_have_started = true;
-            session.send(messages);
+        // Megabytes of files are digested.
+        let (launch, spec, name) = (launch.clone(), spec.clone(), self.record.identity.name.clone());
+        let now = self.blade.clock.now();
+        let made = tokio::task::spawn_blocking(move || delivery::messages(&launch, &spec, &name, now)).await;
+        match made {
+            Ok(Some(messages)) => {
+                self.may_have_started = true;
+                session.send(messages);
+            }
+            Ok(None) => {}
+            Err(error) => tracing::error!(vm.id = %self.record.vm_id, %error, "the guest's config cannot be made"),
         }
     }
 

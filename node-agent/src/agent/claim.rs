@@ -73,7 +73,7 @@ impl AgentTask {
         // must not come between.
         self.keep(Arc::new(claimant)).await;
         self.spec = Some(spec);
-        self.deliver();
+        self.deliver().await;
         tracing::info!(vm.id = %self.record.vm_id, agent.namespace = %self.record.identity.namespace,
             agent.name = %self.record.identity.name, "a warm microVM is claimed");
         blade.metrics.claims.inc();

@@ -9,6 +9,7 @@ use prost::Message;
 use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::HashMap;
 
 /// Longest piece of a file, bytes (control.proto).
 const MAX_CHUNK: usize = 512 << 10;
@@ -139,23 +140,7 @@ pub(crate) fn launch(
 
 /// Config, FileChunk* and Start for a guest that waits for them. `None` while a secret is not known.
 pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) -> Option<Vec<HostMessage>> {
-    let mut env: Vec<guest::EnvVar> = launch
-        .image_env
-        .iter()
-        .filter_map(|entry| entry.split_once('='))
-        .filter(|(name, _)| !name.is_empty() && name.len() <= 255)
-        .map(|(name, value)| guest::EnvVar {
-            name: name.to_owned(),
-            value: value.to_owned(),
-        })
-        .collect();
-    for own in &spec.env {
-        env.retain(|other| other.name != own.name);
-        env.push(guest::EnvVar {
-            name: own.name.clone(),
-            value: own.value.clone()?,
-        });
-    }
+    let env = environment(launch, spec)?;
     let (mut files, mut chunks) = (Vec::new(), Vec::new());
     for (index, file) in (0_u32..).zip(&spec.files) {
         let data = file.data.as_ref()?;
@@ -220,6 +205,26 @@ pub(crate) fn messages(launch: &Launch, spec: &Spec, name: &str, now: UnixMs) ->
         kind: Some(Kind::Start(Start {})),
     });
     Some(messages)
+}
+
+/// The image's variables, then the spec's; of a name the last one counts. There may be tens of thousands.
+fn environment(launch: &Launch, spec: &Spec) -> Option<Vec<guest::EnvVar>> {
+    let of_image = launch
+        .image_env
+        .iter()
+        .filter_map(|entry| entry.split_once('='))
+        .filter(|(name, _)| !name.is_empty() && name.len() <= 255);
+    let mut all: Vec<(&str, &str)> = of_image.collect();
+    for own in &spec.env {
+        all.push((&own.name, own.value.as_deref()?));
+    }
+    let last: HashMap<&str, usize> = all.iter().enumerate().map(|(at, (name, _))| (*name, at)).collect();
+    let kept = all.iter().enumerate().filter(|(at, (name, _))| last[name] == *at);
+    let owned = kept.map(|(_, (name, value))| guest::EnvVar {
+        name: (*name).to_owned(),
+        value: (*value).to_owned(),
+    });
+    Some(owned.collect())
 }
 
 #[cfg(test)]
@@ -369,5 +374,38 @@ mod tests {
         assert_eq!(messages.len(), 1 + 3 + 1);
         assert!(messages.iter().all(|message| message.encoded_len() <= MAX_BODY));
         assert!(super::messages(&launch, &spec.without_secrets().into(), "a", 5).is_none());
+    }
+
+    #[test]
+    fn of_each_variable_the_last_one_counts_however_many_there_are() {
+        let launch = Launch {
+            image_env: ["A=image", "B=image", "A=again", "=x"].map(String::from).to_vec(),
+            ..Launch::idle(&image())
+        };
+        let own = |name: String, value: &str| crate::spec::Env {
+            name,
+            secret: false,
+            value: Some(value.into()),
+        };
+        let many = 40_000;
+        let mut spec = check_spec(Some(wire_spec())).unwrap();
+        spec.env = (0..many)
+            .map(|n| own(format!("N{n}"), "first"))
+            .chain([own("B".into(), "own"), own("N0".into(), "last")])
+            .collect();
+        let told: Vec<(String, String)> = environment(&launch, &spec)
+            .unwrap()
+            .into_iter()
+            .map(|one| (one.name, one.value))
+            .collect();
+        assert_eq!(told.len(), many + 2);
+        let at = |place: usize| (told[place].0.as_str(), told[place].1.as_str());
+        assert_eq!([at(0), at(1)], [("A", "again"), ("N1", "first")]);
+        assert_eq!([at(many), at(many + 1)], [("B", "own"), ("N0", "last")]);
+        spec.env.push(crate::spec::Env {
+            value: None,
+            ..own("SECRET".into(), "")
+        });
+        assert_eq!(environment(&launch, &spec), None);
     }
 }
