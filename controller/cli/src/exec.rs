@@ -207,11 +207,20 @@ async fn pass_signals(requests: mpsc::Sender<ExecRequest>, has_terminal: bool) -
         return std::future::pending().await;
     };
     let mut asked = false;
+    // Behind input that the remote program does not read there may never be a place for it.
+    let mut waiting = None;
     loop {
         let (kind, code) = tokio::select! {
+            place = requests.reserve(), if waiting.is_some() => {
+                if let (Ok(place), Some(request)) = (place, waiting.take()) {
+                    place.send(request);
+                }
+                continue;
+            }
             Some(()) = resized.recv() => {
                 if has_terminal {
-                    let _ = requests.send(ExecRequest { kind: Some(Kind::Resize(size())) }).await;
+                    // One that finds no place is followed by others.
+                    let _ = requests.try_send(ExecRequest { kind: Some(Kind::Resize(size())) });
                 }
                 continue;
             }
@@ -226,11 +235,9 @@ async fn pass_signals(requests: mpsc::Sender<ExecRequest>, has_terminal: bool) -
         }
         asked = true;
         let number = u32::try_from(kind.as_raw_value()).unwrap_or(15);
-        let _ = requests
-            .send(ExecRequest {
-                kind: Some(Kind::Signal(number)),
-            })
-            .await;
+        waiting = Some(ExecRequest {
+            kind: Some(Kind::Signal(number)),
+        });
     }
 }
 
@@ -248,6 +255,7 @@ fn code(exit: &ExecExit) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{Signal, raise};
 
     #[test]
     fn exit_codes_and_signals_are_passed_on_as_shells_do() {
@@ -264,5 +272,44 @@ mod tests {
     fn variables_have_a_name() {
         assert_eq!(parse_env("A=b=c"), Ok(("A".into(), "b=c".into())));
         assert!(parse_env("A").is_err() && parse_env("=b").is_err());
+    }
+
+    // One test: signals are the whole process's.
+    #[tokio::test]
+    async fn a_signal_goes_out_when_there_is_a_place_and_a_second_one_ends_the_call_in_any_case() {
+        let (requests, mut messages) = mpsc::channel(1);
+        requests.try_send(ExecRequest::default()).unwrap();
+        let passing = pass_signals(requests, false);
+        tokio::pin!(passing);
+        // It listens from its first look on.
+        assert!(futures::poll!(&mut passing).is_pending());
+        raise(Signal::SIGTERM).unwrap();
+        let passed = async {
+            messages.recv().await;
+            messages.recv().await.unwrap().kind
+        };
+        tokio::select! {
+            code = &mut passing => panic!("it ended with {code}"),
+            kind = passed => assert_eq!(kind, Some(Kind::Signal(15))),
+        }
+
+        let (requests, _full) = mpsc::channel(1);
+        requests.try_send(ExecRequest::default()).unwrap();
+        let passing = pass_signals(requests, false);
+        tokio::pin!(passing);
+        assert!(futures::poll!(&mut passing).is_pending());
+        // Those that come together are one: again and again.
+        let interrupting = async {
+            loop {
+                raise(Signal::SIGINT).unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        let limit = tokio::time::sleep(std::time::Duration::from_secs(60));
+        tokio::select! {
+            code = &mut passing => assert_eq!(code, INTERRUPTED),
+            () = interrupting => {}
+            () = limit => panic!("the call cannot be ended"),
+        }
     }
 }
