@@ -213,7 +213,6 @@ async fn follow_once(api: &Api, kind: &Kind, path: &str, view: &mut View, versio
                     *version = newest;
                 }
                 view.show(kind, &object)?;
-                view.finish()?;
             }
             WatchEvent::Bookmark(bookmark) => *version = bookmark.metadata.resource_version,
             WatchEvent::Error(_) => {}
@@ -261,7 +260,8 @@ impl View {
         self.is_table()
     }
 
-    /// Takes an answer in; tables of another kind and lists are printed at once. Answers how many objects it had.
+    /// Takes an answer in; tables of another kind, lists and all of a watch are printed at once. Answers how many objects it
+    /// had.
     fn show(&mut self, kind: &Kind, seen: &Value) -> anyhow::Result<usize> {
         match self.format {
             None | Some(Format::Wide) => {
@@ -308,6 +308,9 @@ impl View {
                     .collect();
                 let count = objects.len();
                 self.objects.extend(objects);
+                if self.is_watch {
+                    self.finish()?;
+                }
                 Ok(count)
             }
         }

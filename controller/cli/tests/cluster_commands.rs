@@ -191,6 +191,44 @@ async fn a_watch_prints_every_change() {
 }
 
 #[tokio::test]
+async fn a_watch_prints_whole_objects_one_by_one() {
+    use std::io::{BufRead, BufReader};
+    let Some(machine) = Machine::with_api("a_watch_prints_whole_objects_one_by_one").await else {
+        return;
+    };
+    let file = machine.file("a.yaml", AGENT);
+    assert_eq!(machine.far(&["apply", "-f", &file]).await.0, 0);
+    let mut watch = machine.spawn(&["get", "fa", "-w", "-o", "json"]);
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    // Each ends with the only brace that begins a line.
+    let mut next = || {
+        let mut text = String::new();
+        loop {
+            let line = lines.next().unwrap().unwrap();
+            text += &line;
+            if line == "}" {
+                return serde_json::from_str::<Value>(&text).unwrap();
+            }
+        }
+    };
+    let first = next();
+    assert_eq!(
+        (&first["kind"], &first["items"][0]["metadata"]["name"]),
+        (&json!("List"), &json!("a"))
+    );
+    for phase in ["Running", "Completed"] {
+        machine.set_status("a", &json!({"phase": phase})).await;
+        let changed = next();
+        assert_eq!(
+            (&changed["kind"], &changed["status"]["phase"]),
+            (&json!("FarAgent"), &json!(phase))
+        );
+    }
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+}
+
+#[tokio::test]
 async fn a_blade_is_cordoned_drained_and_let_back_in() {
     let Some(machine) = Machine::with_api("a_blade_is_cordoned_drained_and_let_back_in").await else {
         return;
