@@ -86,7 +86,9 @@ pub fn far() -> ExitCode {
             Command::Uncordon(args) => drain::uncordon(&cluster, &args).await,
             Command::Drain(args) => drain::drain(&cluster, &args).await,
             Command::Completion { shell } => {
-                clap_complete::generate(shell, &mut Far::command(), "far", &mut std::io::stdout());
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Far::command(), "far", &mut script);
+                output::bytes(&script);
                 Ok(Outcome::Success)
             }
             Command::Version => version(),

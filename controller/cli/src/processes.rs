@@ -146,7 +146,8 @@ impl Process {
     }
 }
 
-/// Live processes of the program `name` that have `argument` in their command line as one argument's beginning.
+/// Live processes of the program `name` that have `argument` in their command line: as an argument's beginning, or as a list's
+/// `path=`.
 pub(crate) fn with_argument(name: &str, argument: &Path) -> Result<Vec<Process>, ProcessError> {
     let proc = Path::new("/proc");
     let entries = fs::read_dir(proc).map_err(|source| ProcessError::Read {
@@ -161,9 +162,15 @@ pub(crate) fn with_argument(name: &str, argument: &Path) -> Result<Vec<Process>,
             let command = fs::read(entry.path().join("cmdline")).ok()?;
             let mut words = command.split(|byte| *byte == 0);
             let program = words.next()?.rsplit(|byte| *byte == b'/').next()?;
-            (program == name.as_bytes() && words.any(|word| word.starts_with(wanted))).then(|| Process::live(pid))?
+            (program == name.as_bytes() && words.any(|word| names(word, wanted))).then(|| Process::live(pid))?
         })
         .collect())
+}
+
+/// QEMU's words are lists: `socket,id=vsock,path=/run/far/vm/…`.
+fn names(word: &[u8], path: &[u8]) -> bool {
+    let mut parts = word.split(|byte| *byte == b',');
+    word.starts_with(path) || parts.any(|part| part.strip_prefix(b"path=").is_some_and(|of| of.starts_with(path)))
 }
 
 /// State and start time out of `/proc/<pid>/stat`. The name in parentheses may itself have spaces and parentheses, so
@@ -185,6 +192,20 @@ fn boot_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_found_as_a_word_and_in_a_list_and_nowhere_else() {
+        for (word, expected) in [
+            ("/run/far/vm/x/v.sock", true),
+            ("socket,id=vsock,path=/run/far/vm/x/vhost.sock", true),
+            ("path=/run/far/vm", true),
+            ("socket,path=/tmp/run/far/vm/x", false),
+            ("/tmp/run/far/vm", false),
+            ("guest=/run/far/vm", false),
+        ] {
+            assert_eq!(names(word.as_bytes(), b"/run/far/vm"), expected, "{word}");
+        }
+    }
 
     fn me() -> Process {
         Process::live(std::process::id().cast_signed()).unwrap()
