@@ -28,7 +28,7 @@ use crate::{
     convert,
     queue::{Action, Queue},
     reconcile::{self, Context},
-    world::World,
+    world::{Teller, World},
 };
 
 /// Objects kept at most; about 4 KiB each.
@@ -62,14 +62,14 @@ pub(crate) async fn run(
                 Ok(Event::Init) => listed.clear(),
                 Ok(Event::InitApply(agent)) => {
                     listed.extend(agent.uid());
-                    see(agent, &world, &mut kept, &mut queue);
+                    see(agent, Teller::List, &world, &mut kept, &mut queue);
                 }
                 Ok(Event::InitDone) => {
                     world.keep_only(&listed);
                     listed = HashSet::new();
                     known.cancel();
                 }
-                Ok(Event::Apply(agent)) => see(agent, &world, &mut kept, &mut queue),
+                Ok(Event::Apply(agent)) => see(agent, Teller::Watch, &world, &mut kept, &mut queue),
                 Ok(Event::Delete(agent)) => {
                     kept.remove(&ObjectRef::from_obj(&agent));
                     world.forget(&agent.uid().unwrap_or_default());
@@ -88,13 +88,13 @@ pub(crate) async fn run(
 }
 
 /// The watch tells of an agent.
-fn see(mut agent: FarAgent, world: &World, kept: &mut Kept, queue: &mut Queue<Key>) {
+fn see(mut agent: FarAgent, by: Teller, world: &World, kept: &mut Kept, queue: &mut Queue<Key>) {
     // Neither is read here, and together they are most of an object.
     agent.metadata.managed_fields = None;
     agent
         .annotations_mut()
         .remove("kubectl.kubernetes.io/last-applied-configuration");
-    world.observe(&agent, false);
+    world.observe(&agent, by);
     let key = ObjectRef::from_obj(&agent);
     if convert::is_settled(&agent, &convert::status_from_api(agent.status.as_ref())) {
         kept.remove(&key);

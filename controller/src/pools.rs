@@ -31,7 +31,7 @@ use crate::{
     status_writer,
     stock::{PoolKey, TEMPLATE_ANNOTATION},
     watching,
-    world::{Asked, PoolMember, World},
+    world::{Asked, PoolMember, Teller, World},
 };
 
 /// Agents made or removed in one pass, and calls at the same time: a pool of thousands does not keep others waiting.
@@ -211,7 +211,7 @@ impl Keeper {
                             .left()
                             .filter(|agent| agent.metadata.deletion_timestamp.is_some())
                         {
-                            world.observe(&agent, true);
+                            world.observe(&agent, Teller::Write);
                         }
                         Ok(())
                     }
@@ -236,7 +236,7 @@ impl Keeper {
             let (api, agent, world) = (api.clone(), agent.clone(), self.own.world.clone());
             async move {
                 let made = api.create(&PostParams::default(), &agent).await?;
-                world.observe(&made, true);
+                world.observe(&made, Teller::Creation);
                 Ok(())
             }
         });

@@ -32,7 +32,7 @@ use crate::{
     pace::Pace,
     queue::Action,
     rules, status_writer,
-    world::{View, World},
+    world::{Teller, View, World},
 };
 
 /// Steps of one pass: place, ensure, tell and their like. More than these means that something turns in a circle.
@@ -302,7 +302,7 @@ impl Pass<'_> {
         if !self.is_held() {
             let held = status_writer::hold(&self.context.client, &self.agent, true).await;
             if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
-                self.context.world.observe(&agent, true);
+                self.context.world.observe(&agent, Teller::Write);
                 self.agent = agent;
             }
         }
@@ -426,7 +426,7 @@ impl Pass<'_> {
         self.context.pace.count();
         let written = status_writer::write(&self.context.client, &self.agent, &body).await;
         let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
-        self.context.world.observe(&agent, true);
+        self.context.world.observe(&agent, Teller::Write);
         self.agent = agent;
         self.announce(status, &next).await;
         Ok(Next::Again)

@@ -31,7 +31,7 @@ use crate::{
     status_writer,
     tries::{QUEUE_ANNOTATION, QueueKey, task_of},
     watching,
-    world::World,
+    world::{Teller, World},
 };
 
 /// Tasks served at the same time, and in one pass: a queue of thousands does not keep others waiting.
@@ -325,7 +325,7 @@ impl Keeper {
                 let message = format!("FarAgent {name} exists and is not this task's");
                 return wait("NameTaken", message).await;
             }
-            self.own.world.observe(&made, true);
+            self.own.world.observe(&made, Teller::Creation);
         }
         let status = FarTaskStatus {
             phase: Some(TaskPhase::Running),

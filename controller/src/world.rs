@@ -58,10 +58,25 @@ struct Agent {
     attempt: u32,
     /// Nothing will be done about it before the API changes it.
     settled: bool,
-    /// The newest object our own writes returned; the watch may lag behind it.
+    /// Version of the newest object that was told of.
+    seen: u64,
+    /// The newest object our own writes returned, while the watch lags behind it.
     written: Option<Arc<FarAgent>>,
     /// When the status was last written.
     wrote_at: Option<Instant>,
+}
+
+/// Who tells of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Teller {
+    /// The watch, while it lists: in any order.
+    List,
+    /// The watch: in the order of versions, over all agents.
+    Watch,
+    /// The answer to a write of ours.
+    Write,
+    /// The answer to a creation of ours. The watch may not have come that far.
+    Creation,
 }
 
 /// A blade as the index keeps it.
@@ -120,6 +135,8 @@ pub(crate) struct Census {
 struct Inner {
     scheduler: Scheduler,
     agents: HashMap<String, Agent>,
+    /// Version of the newest agent that the watch told of: what is not newer and has no row is gone.
+    watched: u64,
     on_blade: HashMap<String, HashSet<String>>,
     nodes: HashMap<String, Node>,
     /// Blades that are named but not there, since when.
@@ -152,6 +169,7 @@ impl World {
         let inner = Inner {
             scheduler: Scheduler::new(seed, packing),
             agents: HashMap::new(),
+            watched: 0,
             on_blade: HashMap::new(),
             nodes: HashMap::new(),
             missing: HashMap::new(),
@@ -178,32 +196,51 @@ impl World {
 
     // Agents, as the API tells of them.
 
-    /// The watch, or an answer to our own write, tells of an agent.
-    pub(crate) fn observe(&self, agent: &FarAgent, ours: bool) {
+    /// The watch, or an answer to our own write, tells of an agent. Answers come late: one that is not newer than what is
+    /// known, or of an agent that is gone meanwhile, says nothing.
+    pub(crate) fn observe(&self, agent: &FarAgent, by: Teller) {
         let Some(uid) = agent.uid() else { return };
-        let status = convert::status_from_api(agent.status.as_ref());
+        let (status, version) = (convert::status_from_api(agent.status.as_ref()), version(agent));
         let mut inner = self.lock();
-        let entry = inner.agents.entry(uid.clone()).or_insert_with(|| Agent {
-            reference: ObjectRef::from_obj(agent),
-            node: None,
-            attempt: 0,
-            settled: false,
-            written: None,
-            wrote_at: None,
-        });
-        if ours {
-            entry.written = Some(Arc::new(agent.clone()));
-            entry.wrote_at = Some(Instant::now());
-        } else if entry
-            .written
-            .as_ref()
-            .is_some_and(|written| version(written) > version(agent))
-        {
-            // The watch is behind our own write: nothing new.
-            return;
-        } else {
-            entry.written = None;
+        if by == Teller::Watch {
+            inner.watched = inner.watched.max(version);
         }
+        let may_be_new = match by {
+            Teller::List | Teller::Watch => true,
+            Teller::Creation => version > inner.watched,
+            Teller::Write => false,
+        };
+        if may_be_new {
+            inner.agents.entry(uid.clone()).or_insert_with(|| Agent {
+                reference: ObjectRef::from_obj(agent),
+                node: None,
+                attempt: 0,
+                settled: false,
+                seen: 0,
+                written: None,
+                wrote_at: None,
+            });
+        }
+        let Some(entry) = inner.agents.get_mut(&uid) else {
+            return;
+        };
+        match by {
+            Teller::List | Teller::Watch => {
+                if entry.written.is_some() && version < entry.seen {
+                    // The watch is behind our own write: nothing new.
+                    return;
+                }
+                entry.written = None;
+            }
+            Teller::Write | Teller::Creation => {
+                entry.wrote_at = Some(Instant::now());
+                if version <= entry.seen {
+                    return;
+                }
+                entry.written = Some(Arc::new(agent.clone()));
+            }
+        }
+        entry.seen = version;
         entry.attempt = status.attempt;
         entry.settled = convert::is_settled(agent, &status);
         let before = std::mem::replace(&mut entry.node, status.node.clone());
@@ -260,13 +297,16 @@ impl World {
 
     /// After a complete list: whatever is not in it is gone.
     pub(crate) fn keep_only(&self, uids: &HashSet<String>) {
-        let gone: Vec<String> = self
-            .lock()
+        let mut inner = self.lock();
+        // Versions begin anew where the API was restored.
+        inner.watched = 0;
+        let gone: Vec<String> = inner
             .agents
             .keys()
             .filter(|uid| !uids.contains(*uid))
             .cloned()
             .collect();
+        drop(inner);
         gone.iter().for_each(|uid| self.forget(uid));
     }
 
@@ -291,8 +331,12 @@ impl World {
 
     /// Chooses a blade and holds its room until the choice is written or given back. Where there is none the agent waits
     /// in line, and is looked at again when it has a blade.
+    /// One that is gone meanwhile neither gets room nor waits.
     pub(crate) fn place(&self, uid: &str, request: &Request) -> Result<String, Unschedulable> {
         let mut inner = self.lock();
+        if !inner.agents.contains_key(uid) {
+            return Err(Unschedulable::default());
+        }
         let placed = inner.scheduler.place(uid, request, self.now());
         self.tell_woken(&mut inner);
         placed
@@ -324,6 +368,9 @@ impl World {
     /// was not written is tried again in a moment, and waking others at every try would spin as fast as the API fails.
     pub(crate) fn unplace(&self, uid: &str, refused_by: Option<&str>) {
         let mut inner = self.lock();
+        if !inner.agents.contains_key(uid) {
+            return;
+        }
         match refused_by {
             Some(blade) => inner.scheduler.refused(uid, blade, self.now()),
             None => inner.scheduler.unwritten(uid),

@@ -56,6 +56,9 @@ impl World {
         let pool = agent.spec.pool_ref.as_ref()?;
         let key = (agent.namespace()?, pool.name.clone());
         let mut inner = self.lock();
+        if !inner.agents.contains_key(&agent.uid()?) {
+            return None;
+        }
         let Inner {
             stock, nodes, reports, ..
         } = &mut *inner;
@@ -78,7 +81,10 @@ impl World {
 
     /// The blade did not hand the warm agent over: it is not tried again for this claimant.
     pub(crate) fn warm_refused(&self, uid: &str, warm: &str) {
-        self.lock().stock.refused(uid, warm);
+        let mut inner = self.lock();
+        if inner.agents.contains_key(uid) {
+            inner.stock.refused(uid, warm);
+        }
     }
 
     /// The blade handed a warm agent over; true where that is news.

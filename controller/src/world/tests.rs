@@ -49,8 +49,8 @@ fn marked(world: &World) -> Vec<String> {
 fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent() {
     let world = World::new(1, Packing::Spread, LONG, LONG);
     let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
-    world.observe(&one, false);
-    world.observe(&other, false);
+    world.observe(&one, Teller::Watch);
+    world.observe(&other, Teller::Watch);
     for agent in [&one, &other] {
         assert!(place(&world, agent).is_err(), "there is no blade yet");
     }
@@ -74,12 +74,12 @@ fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_o
     world.observe_node(&node("b1"));
     world.synced("b1", &HashSet::new());
     let holder = agent("holder", Value::Null);
-    world.observe(&holder, false);
+    world.observe(&holder, Teller::Watch);
     assert_eq!(place(&world, &holder).unwrap(), "b1");
     for (name, priority) in [("first", 0), ("high", 5), ("last", 0)] {
         let mut waiting = agent(name, Value::Null);
         waiting.spec.priority = Some(priority);
-        world.observe(&waiting, false);
+        world.observe(&waiting, Teller::Watch);
         assert!(place(&world, &waiting).is_err());
     }
     marked(&world);
@@ -89,11 +89,11 @@ fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_o
             "holder",
             json!({"nodeName": "b1", "phase": "Failed", "conditions": [failed()]}),
         ),
-        false,
+        Teller::Watch,
     );
     assert_eq!(marked(&world), ["high"]);
     let late = agent("late", Value::Null);
-    world.observe(&late, false);
+    world.observe(&late, Teller::Watch);
     assert!(place(&world, &late).is_err(), "who comes now stands behind");
     world.forget("high");
     assert_eq!(marked(&world), ["first"]);
@@ -107,7 +107,7 @@ fn who_is_suspended_or_deleted_leaves_the_line_and_its_room() {
         world.synced("b1", &HashSet::new());
         let (one, other) = (agent("one", Value::Null), agent("other", Value::Null));
         for agent in [&one, &other] {
-            world.observe(agent, false);
+            world.observe(agent, Teller::Watch);
         }
         assert_eq!(place(&world, &one).unwrap(), "b1");
         assert!(place(&world, &other).is_err());
@@ -118,9 +118,76 @@ fn who_is_suspended_or_deleted_leaves_the_line_and_its_room() {
             changed.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
         }
         marked(&world);
-        world.observe(&changed, false);
+        world.observe(&changed, Teller::Watch);
         assert_eq!(marked(&world), ["other"], "{change}");
     }
+}
+
+/// An agent as it is at a version.
+fn at(version: u32, status: Value) -> FarAgent {
+    let mut one = agent("one", status);
+    one.metadata.resource_version = Some(version.to_string());
+    one
+}
+
+#[test]
+fn an_answer_to_a_write_that_the_watch_told_of_already_says_nothing() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe(&at(2, json!({"nodeName": "b1", "attempt": 1})), Teller::Watch);
+    world.observe(&at(3, json!({"nodeName": "b1", "attempt": 2})), Teller::Watch);
+    world.observe(&at(3, json!({"nodeName": "b1", "attempt": 2})), Teller::Write);
+    assert!(world.lock().agents["one"].written.is_none(), "nothing would clear it");
+    assert!(world.since_written("one").is_some());
+    // Of what was made before it was placed.
+    world.observe(&at(1, Value::Null), Teller::Creation);
+    let known = &world.lock().agents["one"];
+    assert_eq!((known.node.as_deref(), known.attempt), (Some("b1"), 2));
+}
+
+#[test]
+fn an_answer_to_a_write_is_known_until_the_watch_catches_up() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe(&at(1, Value::Null), Teller::Creation);
+    world.observe(&at(3, json!({"nodeName": "b1", "attempt": 1})), Teller::Write);
+    world.observe(&at(2, Value::Null), Teller::Watch);
+    assert_eq!(world.census().placed, 1);
+    let newest = world.newest(Arc::new(at(2, Value::Null)));
+    assert_eq!(newest.resource_version().as_deref(), Some("3"));
+    world.observe(&at(3, json!({"nodeName": "b1", "attempt": 1})), Teller::Watch);
+    assert!(world.lock().agents["one"].written.is_none());
+}
+
+#[test]
+fn no_late_answer_brings_back_an_agent_that_is_gone() {
+    for late in [Teller::Write, Teller::Creation] {
+        let world = World::new(1, Packing::Spread, LONG, LONG);
+        world.observe(&at(5, Value::Null), Teller::Watch);
+        world.forget("one");
+        world.observe(&at(5, Value::Null), late);
+        assert_eq!(world.census().agents, 0, "{late:?}");
+    }
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe(&at(5, Value::Null), Teller::Watch);
+    let mut new = at(6, Value::Null);
+    new.metadata.uid = Some("new".to_owned());
+    world.observe(&new, Teller::Creation);
+    assert_eq!(world.census().agents, 2, "the watch did not tell of it yet");
+}
+
+#[test]
+fn who_is_gone_gets_no_room_and_stands_in_no_line() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
+    let (mut gone, other) = (agent("gone", Value::Null), agent("other", Value::Null));
+    gone.spec.pool_ref = serde_json::from_value(json!({"name": "p"})).unwrap();
+    world.observe(&gone, Teller::Watch);
+    world.forget("gone");
+    assert!(place(&world, &gone).is_err());
+    assert!(world.take_warm(&gone).is_none());
+    assert_eq!(world.pool_asked(&("default".into(), "p".into())).last_minute, 0);
+    world.observe(&other, Teller::Watch);
+    assert_eq!(place(&world, &other).unwrap(), "b1");
 }
 
 fn failed() -> Value {
@@ -155,7 +222,7 @@ fn a_blade_that_speaks_but_is_not_reached_is_unreachable_then_lost_then_fenced()
 fn a_blade_gets_agents_only_while_it_is_reached_and_those_who_wait_hear_of_it() {
     let world = World::new(1, Packing::Spread, LONG, LONG);
     let one = agent("one", Value::Null);
-    world.observe(&one, false);
+    world.observe(&one, Teller::Watch);
     world.observe_node(&node("b1"));
     let refused = place(&world, &one).unwrap_err().to_string();
     assert_eq!(refused, "0/1 blades are available: 1 not reachable.");
@@ -199,10 +266,10 @@ fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_th
         ..ended(attempt, EndReason::Error)
     };
     assert!(world.is_orphan("b1", "one", &runs(1)), "no such agent");
-    world.observe(&on(json!("b1"), 1), false);
+    world.observe(&on(json!("b1"), 1), Teller::Watch);
     assert!(!world.is_orphan("b1", "one", &runs(1)));
     assert!(world.is_orphan("b2", "one", &runs(1)), "it is on another blade");
-    world.observe(&on(Value::Null, 1), false);
+    world.observe(&on(Value::Null, 1), Teller::Watch);
     assert!(
         world.is_orphan("b1", "one", &ended(1, EndReason::Evicted)),
         "the blade refused it"
@@ -211,14 +278,14 @@ fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_th
         !world.is_orphan("b1", "one", &ended(1, EndReason::Error)),
         "the output of the attempt before"
     );
-    world.observe(&on(json!("b1"), 2), false);
+    world.observe(&on(json!("b1"), 2), Teller::Watch);
     assert!(world.is_orphan("b1", "one", &runs(1)), "another attempt is there");
     assert!(
         !world.is_orphan("b1", "one", &ended(1, EndReason::Error)),
         "it is told of until a third one is there"
     );
     assert!(!world.is_orphan("b1", "one", &runs(2)) && !world.is_orphan("b1", "one", &runs(3)));
-    world.observe(&on(json!("b2"), 3), false);
+    world.observe(&on(json!("b2"), 3), Teller::Watch);
     assert!(world.is_orphan("b1", "one", &ended(1, EndReason::Error)));
     assert!(!world.is_orphan("b1", "one", &ended(2, EndReason::Error)));
 }
@@ -233,12 +300,12 @@ fn the_room_of_an_attempt_that_is_over_is_free_before_the_next_is_placed() {
     };
     world.observe_node(&node("b1"));
     world.synced("b1", &HashSet::new());
-    world.observe(&one(json!("b1"), "1"), false);
+    world.observe(&one(json!("b1"), "1"), Teller::Watch);
     let other = agent("other", Value::Null);
-    world.observe(&other, false);
+    world.observe(&other, Teller::Watch);
     assert!(place(&world, &other).is_err(), "it is full");
     marked(&world);
-    world.observe(&one(Value::Null, "2"), true);
+    world.observe(&one(Value::Null, "2"), Teller::Write);
     assert_eq!(marked(&world), ["other"]);
     assert_eq!(place(&world, &other).unwrap(), "b1");
 }

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::BTreeMap};
 use super::{filters::Cause, fleet::Fleet, request::Request};
 
 /// No blade will do; the text counts blades by cause as kube-scheduler does.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, thiserror::Error)]
 #[error("{}", self.text())]
 pub struct Unschedulable {
     /// Blades looked at.
