@@ -66,6 +66,7 @@ pub(crate) async fn run(
                 }
                 Ok(Event::InitDone) => {
                     world.keep_only(&listed);
+                    kept.keep_only(&listed);
                     listed = HashSet::new();
                     known.cancel();
                 }
@@ -81,7 +82,13 @@ pub(crate) async fn run(
                 let pass = pass(client.clone(), key.clone(), kept.get(&key), context.clone());
                 passes.push(pass.map(move |action| (key, action)));
             }
-            Some((key, action)) = passes.next(), if !passes.is_empty() => queue.done(&key, action),
+            Some((key, (action, found))) = passes.next(), if !passes.is_empty() => {
+                if !found {
+                    // What is kept is of before; another may have its name.
+                    kept.remove(&key);
+                }
+                queue.done(&key, action);
+            }
         }
     }
     while passes.next().await.is_some() {}
@@ -104,24 +111,28 @@ fn see(mut agent: FarAgent, by: Teller, world: &World, kept: &mut Kept, queue: &
     }
 }
 
-async fn pass(client: Client, key: Key, kept: Option<Arc<FarAgent>>, context: Arc<Context>) -> Action {
+/// Answers when to look again, and false where a write did not find the agent in the API.
+async fn pass(client: Client, key: Key, kept: Option<Arc<FarAgent>>, context: Arc<Context>) -> (Action, bool) {
     let agent = match kept {
         Some(agent) => agent,
         None => {
             let api: Api<FarAgent> = Api::namespaced(client, key.namespace.as_deref().unwrap_or_default());
             match api.get_opt(&key.name).await {
                 Ok(Some(agent)) => Arc::new(agent),
-                Ok(None) => return Action::await_change(),
+                Ok(None) => return (Action::await_change(), true),
                 Err(error) => {
                     tracing::warn!(agent = %key, %error, "an agent was not read: trying again");
-                    return Action::requeue(RETRY);
+                    return (Action::requeue(RETRY), true);
                 }
             }
         }
     };
     match reconcile::reconcile(agent.clone(), context.clone()).await {
-        Ok(action) => action,
-        Err(error) => reconcile::on_error(agent, &error, context),
+        Ok(action) => (action, true),
+        Err(error) => {
+            let found = !error.is_not_found();
+            (reconcile::on_error(agent, &error, context), found)
+        }
     }
 }
 
@@ -140,6 +151,12 @@ impl Kept {
 
     fn remove(&mut self, key: &Key) {
         self.objects.remove(key);
+    }
+
+    /// After a complete list: the watch says nothing of what went while it did not run.
+    fn keep_only(&mut self, uids: &HashSet<String>) {
+        let is_listed = |agent: &FarAgent| agent.uid().is_some_and(|uid| uids.contains(&uid));
+        self.objects.retain(|_, agent| is_listed(agent));
     }
 
     fn insert(&mut self, key: Key, agent: Arc<FarAgent>) {
@@ -183,6 +200,18 @@ mod tests {
             }
         }
         assert!(kept.objects.len() <= MAX_KEPT && kept.order.len() <= 2 * MAX_KEPT);
+    }
+
+    #[test]
+    fn what_a_list_does_not_have_is_not_kept() {
+        let mut kept = Kept::default();
+        for name in ["gone", "anew", "there"] {
+            let mut agent = agent(name);
+            agent.metadata.uid = Some(format!("uid of {name}"));
+            kept.insert(ObjectRef::from_obj(&agent), Arc::new(agent));
+        }
+        kept.keep_only(&["uid of there", "another's uid"].map(str::to_owned).into());
+        assert_eq!(kept.objects.keys().map(|key| &*key.name).collect::<Vec<_>>(), ["there"]);
     }
 
     #[test]

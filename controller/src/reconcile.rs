@@ -84,7 +84,22 @@ pub(crate) enum ReconcileError {
 impl ReconcileError {
     /// Somebody wrote in between: the watch brings it, and the next pass looks again.
     fn is_conflict(&self) -> bool {
-        matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(error) if error.code == 409 || error.code == 404))
+        self.code() == Some(409) || self.is_not_found()
+    }
+
+    /// The agent that was to be written is gone.
+    pub(crate) fn is_not_found(&self) -> bool {
+        self.code() == Some(404)
+    }
+
+    fn code(&self) -> Option<u16> {
+        match self {
+            Self::Api { source, .. } => match &**source {
+                kube::Error::Api(error) => Some(error.code),
+                _ => None,
+            },
+            Self::Blade { .. } | Self::Restless { .. } => None,
+        }
     }
 }
 
