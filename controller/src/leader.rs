@@ -261,6 +261,7 @@ impl Elector {
 }
 
 /// For when a blade says that another controller leads: the Lease decides, never one blade.
+#[derive(Debug)]
 pub(crate) struct Doubts {
     api: Api<Lease>,
     identity: String,

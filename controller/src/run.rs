@@ -8,7 +8,7 @@ use kube::{
     Client,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tokio::{net::TcpListener, task::JoinSet, time::MissedTickBehavior};
+use tokio::{net::TcpListener, sync::Mutex, task::JoinSet, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::transport::Server;
 
@@ -26,7 +26,7 @@ use crate::{
     pools::Pools,
     reconcile::Context,
     registry::Registry,
-    shared::Shared,
+    shared::{self, Shared},
     tasks::Tasks,
     tokens::{self, Revocations, Tokens},
     world::World,
@@ -59,7 +59,10 @@ pub struct Running {
     shutdown: CancellationToken,
     lost: CancellationToken,
     elector: AbortOnDropHandle<()>,
+    /// Lets the elector give the lead back.
+    give_back: CancellationToken,
     tasks: JoinSet<Result<()>>,
+    shared: Option<(Arc<Mutex<Shared>>, Arc<Doubts>)>,
     token: Option<Keeper>,
     _pages: Pages,
     _holder: Holder,
@@ -93,10 +96,12 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
     holder.keep_epoch(lead.epoch)?;
     tracing::info!(epoch = lead.epoch, "this controller leads");
     told.metrics.leads(lead.epoch);
+    let give_back = CancellationToken::new();
     let elector = {
-        let (lead, shutdown) = (lead.clone(), shutdown.clone());
-        AbortOnDropHandle::new(tokio::spawn(async move { elector.keep(&lead, shutdown).await }))
+        let (lead, give_back) = (lead.clone(), give_back.clone());
+        AbortOnDropHandle::new(tokio::spawn(async move { elector.keep(&lead, give_back).await }))
     };
+    let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
     // Ends the parts: told to end, or the lead is lost.
     let stop = shutdown.child_token();
     let mut tasks = JoinSet::new();
@@ -105,15 +110,20 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         false => None,
     };
     let ca = Arc::new(Ca::load_or_make(&config.state_dir.join("ca"))?);
-    if let Some(mut shared) = shared {
-        // Before any blade trusts the CA.
-        shared.keep().await?;
-        let stop = stop.clone();
-        tasks.spawn(async move {
-            shared.follow(stop).await;
-            Ok(())
-        });
-    }
+    let shared = match shared {
+        Some(mut shared) => {
+            // Before any blade trusts the CA.
+            shared.keep(&doubts).await?;
+            let shared = Arc::new(Mutex::new(shared));
+            let following = shared::follow(shared.clone(), doubts.clone(), stop.clone());
+            tasks.spawn(async move {
+                following.await;
+                Ok(())
+            });
+            Some((shared, doubts.clone()))
+        }
+        None => None,
+    };
     let registry = Arc::new(Registry::new(client.clone(), config.node_lost_after));
     let world = Arc::new(World::new(
         config.seed.unwrap_or_else(rand::random),
@@ -122,7 +132,6 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         config.fence_after + config.fence_margin,
     ));
     let address = serve(&config, &ca, &registry, &world, &told.metrics, &lead, &stop, &mut tasks).await?;
-    let doubts = Arc::new(Doubts::new(client.clone(), &holder, &lead));
     let works = work(
         &config,
         client.clone(),
@@ -175,7 +184,9 @@ pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Runnin
         shutdown: stop,
         lost: lead.lost,
         elector,
+        give_back,
         tasks,
+        shared,
         token,
         _pages: pages,
         _holder: holder,
@@ -208,10 +219,20 @@ impl Running {
                 .tokens
                 .withdraw(&keeper.current.lock().map(|token| token.clone()).unwrap_or_default());
         }
-        if outcome.is_err() {
-            self.elector.abort();
+        if let Some((shared, doubts)) = &self.shared
+            && !self.lost.is_cancelled()
+        {
+            // The last word, while this controller still leads: its successor reads it.
+            let kept = tokio::time::timeout(DRAIN, async { shared.lock().await.keep(doubts).await }).await;
+            if let Err(error) = kept.map_err(anyhow::Error::from).and_then(|kept| kept) {
+                tracing::warn!(error = %format!("{error:#}"), "the state that replicas share was not written");
+            }
         }
         // Given back only now: nothing of this controller acts any more. Aborted: it was lost or its end is an error.
+        match outcome {
+            Ok(()) => self.give_back.cancel(),
+            Err(_) => self.elector.abort(),
+        }
         let _ = tokio::time::timeout(DRAIN, self.elector).await;
         outcome
     }

@@ -2,25 +2,28 @@
 //! revocations. The leader alone reads and writes it; in its state folder stands the truth of this moment, and the Secret
 //! follows within [`EVERY`].
 //!
-//! Invariant: only who leads writes: each write names the version that was read before.
+//! Invariant: only who leads writes: each write names the version that was read before, and a version that is not this
+//! controller's own is taken for one only while the Lease still names it.
 
 use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use far_api::SYSTEM_NAMESPACE;
 use k8s_openapi::{ByteString, api::core::v1::Secret};
 use kube::{
     Api, Client,
     api::{ObjectMeta, PostParams},
 };
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::files;
+use crate::{files, leader::Doubts};
 
 const NAME: &str = "far-controller-state";
 /// Folders of the state folder that are shared.
@@ -31,6 +34,7 @@ const EVERY: Duration = Duration::from_secs(1);
 
 type Files = BTreeMap<String, ByteString>;
 
+#[derive(Debug)]
 pub(crate) struct Shared {
     api: Api<Secret>,
     state_dir: PathBuf,
@@ -49,13 +53,7 @@ impl Shared {
                     .with_context(|| format!("writing {}", state_dir.display()))?;
                 kept
             }
-            None => Secret {
-                metadata: ObjectMeta {
-                    name: Some(NAME.to_owned()),
-                    ..ObjectMeta::default()
-                },
-                ..Secret::default()
-            },
+            None => unwritten(),
         };
         Ok(Self {
             api,
@@ -65,37 +63,59 @@ impl Shared {
     }
 
     /// Writes the folder into the Secret where they differ.
-    pub(crate) async fn keep(&mut self) -> Result<()> {
+    pub(crate) async fn keep(&mut self, doubts: &Doubts) -> Result<()> {
         let found = read(&self.state_dir).with_context(|| format!("reading {}", self.state_dir.display()))?;
-        if self.kept.data.as_ref() == Some(&found) {
+        let doing = || format!("writing Secret {SYSTEM_NAMESPACE}/{NAME}");
+        match self.write(&found).await {
+            Err(kube::Error::Api(error)) if error.code == 409 || error.code == 404 => {}
+            other => return other.with_context(doing),
+        }
+        // The answer to a write got lost, or the leader before wrote once more. Read first, then asked who leads: whoever
+        // leads next reads what is written here.
+        self.kept = self
+            .api
+            .get_opt(NAME)
+            .await
+            .with_context(doing)?
+            .unwrap_or_else(unwritten);
+        if doubts.is_deposed().await {
+            bail!("Secret {SYSTEM_NAMESPACE}/{NAME} is another controller's");
+        }
+        self.write(&found).await.with_context(doing)
+    }
+
+    async fn write(&mut self, found: &Files) -> Result<(), kube::Error> {
+        if self.kept.data.as_ref() == Some(found) {
             return Ok(());
         }
         let wanted = Secret {
-            data: Some(found),
+            data: Some(found.clone()),
             ..self.kept.clone()
         };
-        let written = match &wanted.metadata.resource_version {
-            Some(_) => self.api.replace(NAME, &PostParams::default(), &wanted).await,
-            None => self.api.create(&PostParams::default(), &wanted).await,
+        self.kept = match &wanted.metadata.resource_version {
+            Some(_) => self.api.replace(NAME, &PostParams::default(), &wanted).await?,
+            None => self.api.create(&PostParams::default(), &wanted).await?,
         };
-        self.kept = written.with_context(|| format!("writing Secret {SYSTEM_NAMESPACE}/{NAME}"))?;
         Ok(())
     }
+}
 
-    /// Follows the folder until `stop`, and once more then.
-    pub(crate) async fn follow(mut self, stop: CancellationToken) {
-        loop {
-            let stopped = tokio::select! {
-                () = stop.cancelled() => true,
-                () = tokio::time::sleep(EVERY) => false,
-            };
-            if let Err(error) = self.keep().await {
-                tracing::warn!(error = %format!("{error:#}"), "the state that replicas share was not written");
-            }
-            if stopped {
-                return;
-            }
+/// Follows the folder until `stop`.
+pub(crate) async fn follow(shared: Arc<Mutex<Shared>>, doubts: Arc<Doubts>, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(EVERY)).await.is_some() {
+        if let Err(error) = shared.lock().await.keep(&doubts).await {
+            tracing::warn!(error = %format!("{error:#}"), "the state that replicas share was not written");
         }
+    }
+}
+
+fn unwritten() -> Secret {
+    Secret {
+        metadata: ObjectMeta {
+            name: Some(NAME.to_owned()),
+            ..ObjectMeta::default()
+        },
+        ..Secret::default()
     }
 }
 

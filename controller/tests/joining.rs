@@ -6,7 +6,8 @@ use far_proto::{
     controller::HeartbeatRequest,
     node::{EnsureAgentRequest, node_client::NodeClient},
 };
-use kube::ResourceExt;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret};
+use kube::{Api, ResourceExt};
 use serde_json::json;
 use support::{
     Cluster,
@@ -246,4 +247,66 @@ async fn a_revoked_blade_is_not_called_either_until_it_joins_again() {
     let credentials = join(&cluster, &token, "b1", "b1").await.unwrap();
     let again = FakeBlade::resume(&cluster, "b1", capacity(4000, 4096), credentials, fake).await;
     until("the blade to have it", async || again.fake.phase(&uid)).await;
+}
+
+fn shared_state(cluster: &Cluster) -> Api<Secret> {
+    Api::namespaced(cluster.client.clone(), "far-system")
+}
+
+/// How many join tokens replicas share.
+async fn shared_tokens(cluster: &Cluster) -> usize {
+    let shared = shared_state(cluster).get("far-controller-state").await;
+    let data = shared
+        .expect("a controller that shares its state makes it")
+        .data
+        .unwrap_or_default();
+    data.keys().filter(|key| key.starts_with("tokens.")).count()
+}
+
+/// What only far-devapi can do: see [`support::server`].
+mod embedded {
+    use far_devapi::faults::{Action, Fault, Match};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_replicas_share_is_written_again_after_a_reply_was_lost() {
+        let cluster = Cluster::start_with(|config| config.share_state = true).await;
+        until("the controller's own token", async || {
+            (shared_tokens(&cluster).await == 1).then_some(())
+        })
+        .await;
+        let on = Match {
+            verb: Some("update".into()),
+            resource: Some("secrets".into()),
+            ..Match::default()
+        };
+        let action = Action::DropAfter;
+        assert!(cluster.api.faults.add(Fault { on, action, times: 1 }));
+        cluster.new_token(None);
+        until("the lost reply", async || {
+            (shared_tokens(&cluster).await == 2).then_some(())
+        })
+        .await;
+        assert_eq!(cluster.api.faults.pending(), []);
+        cluster.new_token(None);
+        until("the next token", async || {
+            (shared_tokens(&cluster).await == 3).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_that_ends_shares_its_last_word_before_it_gives_the_lead_back() {
+    let mut cluster = Cluster::start_with(|config| config.share_state = true).await;
+    until("its token", async || (shared_tokens(&cluster).await == 1).then_some(())).await;
+    cluster.stop_controller().await;
+    assert_eq!(shared_tokens(&cluster).await, 0, "its own token was withdrawn");
+    let leases: Api<Lease> = Api::namespaced(cluster.client.clone(), "far-system");
+    let lease = leases.get("far-controller").await.unwrap();
+    assert_eq!(lease.spec.as_ref().unwrap().holder_identity.as_deref(), Some(""));
+    let version = |version: Option<String>| version.unwrap().parse::<u64>().unwrap();
+    let shared = shared_state(&cluster).get("far-controller-state").await.unwrap();
+    assert!(version(lease.resource_version()) > version(shared.resource_version()));
 }
