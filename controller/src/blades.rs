@@ -49,8 +49,8 @@ impl BladeApi {
         let leaf = visit
             .and_then(Visit::certificate)
             .ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
-        let (blade, serial) =
-            ca::blade_of(leaf).ok_or_else(|| Status::permission_denied("the client certificate is not a blade's"))?;
+        let (blade, serial) = ca::blade_of(leaf)
+            .ok_or_else(|| Status::permission_denied("the client certificate is not a blade's, or it ended"))?;
         if self.revocations.is_revoked(&serial) || self.revocations.is_blade_revoked(&blade) {
             return Err(Status::permission_denied(format!(
                 "the certificate of blade {blade} was revoked"

@@ -16,7 +16,7 @@ use rcgen::{
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
 use time::OffsetDateTime;
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
 
 use crate::files;
 
@@ -221,9 +221,13 @@ pub(crate) fn blade_server_name(blade: &str) -> String {
     format!("{blade}{BLADE_ZONE}")
 }
 
-/// Who a peer is, from its verified certificate: (blade, serial in hex). `None`: not a blade's.
+/// Who a peer is, from its verified certificate: (blade, serial in hex). `None`: not a blade's, or it ended: TLS looks at
+/// the age once, and a connection outlives the mark of a revoked certificate.
 pub(crate) fn blade_of(der: &[u8]) -> Option<(String, String)> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    if certificate.validity().not_after <= ASN1Time::now() {
+        return None;
+    }
     let names = certificate.subject_alternative_name().ok()??;
     let [GeneralName::DNSName(name)] = names.value.general_names.as_slice() else {
         return None;
@@ -330,6 +334,16 @@ mod tests {
             ca.sign_blade("b1", "nonsense", life),
             Err(CaError::Request(_))
         ));
+    }
+
+    #[test]
+    fn who_has_a_certificate_that_ended_is_nobody_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = Ca::load_or_make(folder.path()).unwrap();
+        let request = request(vec!["b1.blade.far.internal".into()], "b1");
+        let ended = ca.sign_blade("b1", &request, Duration::ZERO).unwrap();
+        let der = x509_parser::pem::parse_x509_pem(ended.certificate_pem.as_bytes());
+        assert_eq!(blade_of(&der.unwrap().1.contents), None);
     }
 
     #[test]
