@@ -15,6 +15,12 @@ use crate::convert;
 
 /// All files of one agent together, bytes (node.proto and control.proto: 8 MiB).
 const MAX_FILES_BYTES: usize = 8 * 1024 * 1024;
+/// Their number, as far-node has it. A ConfigMap may have 65,000 keys.
+const MAX_FILES: usize = 1000;
+/// All arguments and variables together, bytes, each with what it costs in the guest's execve(2): as far-node has it.
+const MAX_ARGS_AND_ENV: usize = 512 * 1024;
+/// Variables of one agent; each takes more than 10 bytes of [`MAX_ARGS_AND_ENV`] at its end, and time on the way there.
+const MAX_VARIABLES: usize = 4096;
 
 /// Why a spec cannot be sent to a blade.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +38,36 @@ pub(crate) enum SpecError {
         object: String,
         source: Box<kube::Error>,
     },
+}
+
+/// Variables by name, in the order in which each was set last.
+#[derive(Default)]
+struct Variables {
+    /// `None`: set again later.
+    all: Vec<Option<wire::EnvVar>>,
+    /// Name → place in `all`.
+    places: HashMap<String, usize>,
+    /// As in [`MAX_ARGS_AND_ENV`].
+    bytes: usize,
+}
+
+impl Variables {
+    /// One variable, one value: the last.
+    fn set(&mut self, variable: wire::EnvVar) -> Result<(), SpecError> {
+        let cost = |one: &wire::EnvVar| one.name.len() + one.value.len() + 10;
+        self.bytes += cost(&variable);
+        if let Some(before) = self.places.insert(variable.name.clone(), self.all.len()) {
+            let before = self.all.get_mut(before).and_then(Option::take);
+            self.bytes -= before.as_ref().map_or(0, cost);
+        }
+        self.all.push(Some(variable));
+        if self.places.len() > MAX_VARIABLES || self.bytes > MAX_ARGS_AND_ENV {
+            return Err(SpecError::Invalid(format!(
+                "spec.env and spec.envFrom: more than {MAX_VARIABLES} variables, or with spec.args more than {MAX_ARGS_AND_ENV} bytes"
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// The objects that were read for one spec, each once.
@@ -62,24 +98,27 @@ pub(crate) async fn resolve(
     };
     // What a warm agent runs comes with its claim: secrets that it would never use are not even read.
     let is_warm = spec.start_policy == StartPolicy::OnClaim;
-    let mut env = Vec::new();
+    let args = spec.args.clone().unwrap_or_default();
+    let mut env = Variables {
+        bytes: args.iter().map(|arg| arg.len() + 9).sum(),
+        ..Variables::default()
+    };
     for (index, one) in spec.env_from.iter().flatten().filter(|_| !is_warm).enumerate() {
         sources.env_from(index, one, &mut env).await?;
     }
     for (index, one) in spec.env.iter().flatten().filter(|_| !is_warm).enumerate() {
-        // One variable, one value: env wins over envFrom.
-        env.retain(|known: &wire::EnvVar| known.name != one.name);
-        env.push(sources.env(index, one).await?);
+        // env wins over envFrom.
+        env.set(sources.env(index, one).await?)?;
     }
     let mut files = Vec::new();
     for (index, one) in spec.files.iter().flatten().filter(|_| !is_warm).enumerate() {
         sources.file(index, one, &mut files).await?;
-    }
-    let bytes: usize = files.iter().map(|file| file.data.len()).sum();
-    if bytes > MAX_FILES_BYTES {
-        return Err(SpecError::Invalid(format!(
-            "spec.files: {bytes} bytes are more than the {MAX_FILES_BYTES} an agent may have"
-        )));
+        let bytes: usize = files.iter().map(|file| file.data.len()).sum();
+        if bytes > MAX_FILES_BYTES || files.len() > MAX_FILES {
+            return Err(SpecError::Invalid(format!(
+                "spec.files: more than {MAX_FILES_BYTES} bytes, or more than {MAX_FILES} files"
+            )));
+        }
     }
     let mib = |field: String, limit: Option<&Quantity>| -> Result<u32, SpecError> {
         let Some(limit) = limit else { return Ok(0) };
@@ -104,8 +143,8 @@ pub(crate) async fn resolve(
         cpu_millis: small("cpu", request.cpu_millis)?,
         memory_mib: small("memory", request.memory_mib)?,
         entrypoint: spec.entrypoint.clone(),
-        args: spec.args.clone().unwrap_or_default(),
-        env,
+        args,
+        env: env.all.into_iter().flatten().collect(),
         files,
         termination_grace_s: spec.termination_grace_period_seconds,
         active_deadline_s: deadline(agent, rules),
@@ -127,7 +166,7 @@ fn deadline(agent: &FarAgent, rules: &Rules) -> u32 {
 
 impl Sources<'_> {
     /// Keys that are no names of variables are passed over, as for Pods.
-    async fn env_from(&mut self, index: usize, from: &EnvFrom, env: &mut Vec<wire::EnvVar>) -> Result<(), SpecError> {
+    async fn env_from(&mut self, index: usize, from: &EnvFrom, env: &mut Variables) -> Result<(), SpecError> {
         let field = format!("spec.envFrom[{index}]");
         let prefix = from.prefix.clone().unwrap_or_default();
         let (data, secret) = match (&from.secret_ref, &from.config_map_ref) {
@@ -144,8 +183,7 @@ impl Sources<'_> {
                 )));
             };
             if is_name {
-                env.retain(|known| known.name != name);
-                env.push(wire::EnvVar { name, value, secret });
+                env.set(wire::EnvVar { name, value, secret })?;
             }
         }
         Ok(())
@@ -303,5 +341,45 @@ fn read(field: &str, kind: &str, name: &str, source: kube::Error) -> SpecError {
         field: field.to_owned(),
         object: format!("{kind} {name:?}"),
         source: Box::new(source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variable(name: &str, value: &str) -> wire::EnvVar {
+        wire::EnvVar {
+            name: name.to_owned(),
+            value: value.to_owned(),
+            secret: false,
+        }
+    }
+
+    #[test]
+    fn a_variable_has_the_value_that_was_set_last() {
+        let mut env = Variables::default();
+        for (name, value) in [("a", "1"), ("b", "2"), ("a", "33")] {
+            env.set(variable(name, value)).unwrap();
+        }
+        assert_eq!(env.bytes, 12 + 13);
+        let all: Vec<_> = env.all.into_iter().flatten().collect();
+        assert_eq!(all, [variable("b", "2"), variable("a", "33")]);
+    }
+
+    #[test]
+    fn variables_are_bounded_in_number_and_bytes() {
+        let mut env = Variables::default();
+        let taken = (0..100_000)
+            .take_while(|number| env.set(variable(&number.to_string(), "")).is_ok())
+            .count();
+        assert_eq!(taken, MAX_VARIABLES);
+        let mut env = Variables::default();
+        let long = "x".repeat(1000);
+        let set = |env: &mut Variables, number: u32| env.set(variable(&format!("{number:04}"), &long)).is_ok();
+        assert_eq!((0..4000).take_while(|number| set(&mut env, *number)).count(), 517);
+        // The same again takes no more room.
+        let mut env = Variables::default();
+        assert!((0..4000).all(|_| set(&mut env, 7)));
     }
 }
