@@ -19,6 +19,8 @@ use k8s_openapi::{
 };
 
 /// Longest texts taken from a blade, bytes; its own bounds are 1 KiB and 2 KiB.
+/// Longest uid, bytes: the API's are UUIDs of 36.
+const MAX_UID: usize = 64;
 const MAX_TEXT: usize = 4096;
 
 /// What placement needs of a blade.
@@ -207,7 +209,7 @@ fn seconds(seconds: i64) -> Option<Time> {
     Timestamp::from_second(seconds).ok().map(Time)
 }
 
-/// What a blade says of an attempt; `None`: it names none, or a phase nobody knows.
+/// What a blade says of an attempt; `None`: it names none, or one that cannot be, or a phase nobody knows.
 pub(crate) fn report(state: wire::AgentState) -> Option<(wire::Identity, Report)> {
     let stage = match state.phase() {
         wire::Phase::Unspecified => return None,
@@ -219,7 +221,7 @@ pub(crate) fn report(state: wire::AgentState) -> Option<(wire::Identity, Report)
         wire::Phase::Stopping => Stage::Stopping,
         wire::Phase::Ended => Stage::Ended,
     };
-    let identity = state.identity?;
+    let identity = state.identity.filter(|identity| identity.uid.len() <= MAX_UID)?;
     let moment = |at: Option<prost_types::Timestamp>| {
         at.map(|at| Stamp {
             seconds: at.seconds,

@@ -37,6 +37,8 @@ const DISTRUST: Duration = Duration::from_secs(60);
 /// Between two looks whether the blade was revoked.
 const REVOKED_LOOK: Duration = Duration::from_secs(2);
 
+/// Agents that a blade tells of when its stream begins; a blade that speaks of more is broken or hostile.
+const MAX_TOLD: usize = 65_536;
 /// Calls of users to one blade at a time. HTTP/2 servers take 200 at least on a connection.
 pub(crate) const MAX_CALLS_PER_BLADE: usize = 192;
 /// What a blade may send ahead in one call, bytes. The connection's window holds that of every call: one whose caller does
@@ -172,6 +174,8 @@ impl Links {
 
     /// Ends with the reason the stream ended.
     async fn follow(&self, blade: &str, channel: Channel, synced: &CancellationToken) -> Status {
+        // Before that nothing is known to be there, and of what is not there no texts are kept.
+        self.agents_known.cancelled().await;
         let mut client = calls::client(channel);
         let request = WatchEventsRequest {
             epoch: self.epoch,
@@ -191,6 +195,9 @@ impl Links {
             if let Some((identity, report)) = event.state.and_then(convert::report) {
                 if !synced.is_cancelled() {
                     told.insert(identity.uid.clone());
+                    if told.len() > MAX_TOLD {
+                        return Status::resource_exhausted(format!("the blade speaks of more than {MAX_TOLD} agents"));
+                    }
                 }
                 self.world.told(blade, &identity.uid, report);
             }
@@ -206,7 +213,6 @@ impl Links {
     /// never in it: a slow answer holds no event back.
     async fn sweep(&self, blade: &str, channel: Channel, synced: CancellationToken) {
         synced.cancelled().await;
-        self.agents_known.cancelled().await;
         let mut blade_calls = Blade::new(channel, self.epoch);
         loop {
             if let Err(error) = self.remove_orphans(blade, &mut blade_calls).await {
@@ -218,7 +224,10 @@ impl Links {
 
     /// What is ended now is forgotten the next time. One that cannot be removed holds no other back.
     async fn remove_orphans(&self, blade: &str, calls: &mut Blade) -> Result<(), CallError> {
-        for (identity, report) in calls.list().await? {
+        let all = calls.list().await?;
+        let listed = all.iter().map(|(identity, _)| identity.uid.clone()).collect();
+        self.world.keep_reports(blade, &listed);
+        for (identity, report) in all {
             let (uid, attempt) = (identity.uid.clone(), identity.attempt);
             if !self.world.is_orphan(blade, &uid, &report) {
                 continue;

@@ -17,7 +17,7 @@ use far_core::{
     eviction::Patience,
     lifecycle::BladeView,
     placement::{Blade, Packing, Request, Scheduler, Unschedulable},
-    status::{Condition, ConditionKind, EndReason, Report, Stage, Status},
+    status::{Condition, ConditionKind, End, EndReason, Report, Stage, Status},
 };
 use far_proto::node::Identity;
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
@@ -46,8 +46,9 @@ const SETTLING: Duration = Duration::from_secs(10);
 /// Between two searches for agents that wait, of all of them together, and between two for one.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 const SEARCHES: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
-/// Attempts that are kept of one blade; a blade that speaks of more is broken or hostile.
-const MAX_REPORTS: usize = 65_536;
+/// Reports that are kept of one blade of agents that are not there: soon known to be, or orphans. Those that are there have
+/// their place besides.
+const MAX_STRAY_REPORTS: usize = 1024;
 
 /// An agent as the index keeps it.
 #[derive(Debug)]
@@ -614,6 +615,17 @@ impl World {
         self.offer(&mut inner, blade);
     }
 
+    /// A blade told everything it keeps; `listed` are the uids of it. What it says nothing of, and has no agent there, is
+    /// forgotten.
+    pub(crate) fn keep_reports(&self, blade: &str, listed: &HashSet<String>) {
+        let mut inner = self.lock();
+        let Inner { reports, on_blade, .. } = &mut *inner;
+        let here = on_blade.get(blade);
+        if let Some(reports) = reports.get_mut(blade) {
+            reports.retain(|uid, _| listed.contains(uid) || here.is_some_and(|here| here.contains(uid)));
+        }
+    }
+
     /// A blade speaks of an attempt. An older attempt than the newest known says nothing.
     pub(crate) fn told(&self, blade: &str, uid: &str, report: Report) {
         let mut inner = self.lock();
@@ -674,15 +686,34 @@ impl Inner {
         }
     }
 
+    /// Of an agent that is not there only where it stands: a blade may speak of any number of them.
     fn keep_report(&mut self, blade: &str, uid: &str, report: Report) {
+        let here = self.on_blade.get(blade);
+        let is_here = here.is_some_and(|here| here.contains(uid));
+        let most = here.map_or(0, HashSet::len) + MAX_STRAY_REPORTS;
         let reports = self.reports.entry(blade.to_owned()).or_default();
         let is_old = match reports.get(uid) {
             Some(known) => (known.attempt, known.stage) > (report.attempt, report.stage),
-            None => reports.len() >= MAX_REPORTS,
+            None => !is_here && reports.len() >= most,
         };
         if !is_old {
+            let report = if is_here { report } else { without_texts(report) };
             reports.insert(uid.to_owned(), report);
         }
+    }
+}
+
+fn without_texts(report: Report) -> Report {
+    Report {
+        image_digest: String::new(),
+        resources: None,
+        end: report.end.map(|end| End {
+            message: String::new(),
+            tail: String::new(),
+            ..end
+        }),
+        message: String::new(),
+        ..report
     }
 }
 

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use far_api::{FarAgent, FarNode};
-use far_core::status::{End, EndReason};
+use far_core::status::EndReason;
 use futures::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 
@@ -288,6 +288,31 @@ fn an_attempt_is_an_orphan_without_its_agent_elsewhere_or_when_a_newer_one_is_th
     world.observe(&on(json!("b2"), 3), Teller::Watch);
     assert!(world.is_orphan("b1", "one", &ended(1, EndReason::Error)));
     assert!(!world.is_orphan("b1", "one", &ended(2, EndReason::Error)));
+}
+
+#[test]
+fn of_agents_that_are_not_there_a_blade_tells_a_bounded_number_and_no_texts() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe_node(&node("b1"));
+    let here = agent("here", json!({"nodeName": "b1", "attempt": 1}));
+    world.observe(&here, Teller::Watch);
+    let mut long = ended(1, EndReason::Error);
+    long.message = "m".repeat(4096);
+    long.end.as_mut().unwrap().tail = "t".repeat(4096);
+    for number in 0..3 * MAX_STRAY_REPORTS {
+        world.told("b1", &format!("stray-{number}"), long.clone());
+    }
+    world.told("b1", "here", long.clone());
+    let reports = |world: &World| world.lock().reports["b1"].clone();
+    let kept = reports(&world);
+    assert_eq!(kept.len(), MAX_STRAY_REPORTS + 2);
+    assert_eq!(kept["here"], long);
+    assert_eq!(kept["stray-7"], ended(1, EndReason::Error));
+    // What it does not keep any more was only passing by.
+    world.keep_reports("b1", &HashSet::from(["stray-7".to_owned()]));
+    let mut left: Vec<_> = reports(&world).into_keys().collect();
+    left.sort();
+    assert_eq!(left, ["here", "stray-7"]);
 }
 
 #[test]
