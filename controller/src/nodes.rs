@@ -14,7 +14,7 @@ use kube::{
         watcher::{self, Event},
     },
 };
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -39,13 +39,15 @@ impl Nodes {
             .backoff(Backoff::default());
         pin_mut!(stream);
         let mut open: HashMap<String, (String, CancellationToken)> = HashMap::new();
+        // Who writes down that a blade is emptied, or no more.
+        let mut telling: HashMap<String, AbortHandle> = HashMap::new();
         let mut tasks = JoinSet::new();
         let mut listed = HashSet::new();
         loop {
             let event = tokio::select! {
                 () = shutdown.cancelled() => break,
                 Some(ended) = tasks.join_next() => {
-                    if let Err(error) = ended {
+                    if let Err(error) = ended && !error.is_cancelled() {
                         tracing::error!(%error, "a blade's link failed");
                     }
                     continue;
@@ -56,35 +58,47 @@ impl Nodes {
                 Some(Ok(Event::Init)) => listed.clear(),
                 Some(Ok(Event::InitApply(node))) => {
                     listed.insert(node.name_any());
-                    self.apply(&node, &mut open, &mut tasks);
+                    self.apply(&node, &mut open, &mut telling, &mut tasks);
                 }
                 Some(Ok(Event::InitDone)) => {
                     let gone: Vec<String> = open.keys().filter(|name| !listed.contains(*name)).cloned().collect();
                     gone.iter().for_each(|name| self.delete(name, &mut open));
                     self.known.cancel();
                 }
-                Some(Ok(Event::Apply(node))) => self.apply(&node, &mut open, &mut tasks),
+                Some(Ok(Event::Apply(node))) => self.apply(&node, &mut open, &mut telling, &mut tasks),
                 Some(Ok(Event::Delete(node))) => self.delete(&node.name_any(), &mut open),
                 Some(Err(error)) => tracing::warn!(%error, "watching blades failed: trying again"),
                 None => break,
             }
         }
         open.values().for_each(|(_, stop)| stop.cancel());
+        telling.values().for_each(AbortHandle::abort);
         while tasks.join_next().await.is_some() {}
     }
 
-    fn apply(&self, node: &FarNode, open: &mut HashMap<String, (String, CancellationToken)>, tasks: &mut JoinSet<()>) {
+    fn apply(
+        &self,
+        node: &FarNode,
+        open: &mut HashMap<String, (String, CancellationToken)>,
+        telling: &mut HashMap<String, AbortHandle>,
+        tasks: &mut JoinSet<()>,
+    ) {
         let name = node.name_any();
         self.registry.expect(node);
         self.world.observe_node(node);
-        if let Some(condition) = registry::untold_drain(node) {
-            let (client, told) = (self.client.clone(), node.clone());
-            tasks.spawn(async move {
-                if let Err(error) = registry::tell(&client, &told, condition).await {
-                    // The next change of the blade, or the next list, tries again.
-                    tracing::warn!(blade = told.name_any(), %error, "that the blade is emptied was not written down");
+        if registry::untold_drain(node).is_some() {
+            let (client, blade) = (self.client.clone(), name.clone());
+            let told = tasks.spawn(async move {
+                let mut backoff = Backoff::default();
+                while let Err(error) = registry::tell_drain(&client, &blade).await {
+                    tracing::warn!(blade, %error, "that the blade is emptied, or no more, was not written down: trying again");
+                    tokio::time::sleep(backoff.after_failure()).await;
                 }
             });
+            // One at a time, and the newest: it reads what the one before may have missed.
+            if let Some(before) = telling.insert(name.clone(), told) {
+                before.abort();
+            }
         }
         let endpoint = node
             .status

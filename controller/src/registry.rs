@@ -25,7 +25,10 @@ use kube::{
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::{convert::cut, status_writer::difference};
+use crate::{
+    convert::cut,
+    status_writer::{difference, write_to},
+};
 
 /// Condition of a blade that is emptied; since when it is tells when a drain's deadline is over.
 pub(crate) const DRAINING: &str = "Draining";
@@ -125,6 +128,8 @@ impl Registry {
         };
         self.with(|blades| {
             let known = blades.entry(node.name_any()).or_insert_with(Known::new);
+            // Where it is silent all the same it is declared lost again.
+            known.lost &= !is_ready;
             if !is_ready || known.written.as_ref() != Some(&told) {
                 known.written = None;
                 known.doubts += 1;
@@ -284,14 +289,21 @@ pub(crate) fn untold_drain(node: &FarNode) -> Option<Condition> {
     })
 }
 
-/// Writes a condition into a blade's status.
-pub(crate) async fn tell(client: &Client, node: &FarNode, condition: Condition) -> Result<(), kube::Error> {
+/// Writes what the blade's status has to say of a drain and does not say yet. 409: somebody wrote in between.
+pub(crate) async fn tell_drain(client: &Client, blade: &str) -> Result<(), kube::Error> {
+    let api: Api<FarNode> = Api::all(client.clone());
+    let Some(node) = api.get_opt(blade).await? else {
+        return Ok(());
+    };
+    let Some(condition) = untold_drain(&node) else {
+        return Ok(());
+    };
     let old = node.status.clone().unwrap_or_default();
     let new = FarNodeStatus {
         conditions: with_condition(&old, condition),
-        ..old.clone()
+        ..old
     };
-    patch(&Api::all(client.clone()), &node.name_any(), &old, &new).await
+    write_to(&api, &node, &node.status, &new).await.map(drop)
 }
 
 /// The conditions with this one in the place of the one of its type.
@@ -473,6 +485,27 @@ mod tests {
             .filter(|n| known.may_change(begin + Duration::from_millis(n * 100)))
             .count();
         assert_eq!(later, 9, "one a second, the first after a second");
+    }
+
+    #[tokio::test]
+    async fn a_blade_that_the_api_calls_ready_again_is_watched_over_again() {
+        let nowhere = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        let registry = Registry::new(Client::try_from(nowhere).unwrap(), Duration::from_secs(1));
+        let node = |ready: &str| {
+            let mut node = FarNode::new("b1", FarNodeSpec::default());
+            node.status = Some(FarNodeStatus {
+                conditions: vec![ready_condition(&FarNodeStatus::default(), ready, "r", "")],
+                ..FarNodeStatus::default()
+            });
+            node
+        };
+        let is_lost = || registry.with(|blades| blades["b1"].lost);
+        registry.expect(&node("True"));
+        registry.with(|blades| blades.get_mut("b1").unwrap().lost = true);
+        registry.expect(&node("Unknown"));
+        assert!(is_lost(), "as it was written");
+        registry.expect(&node("True"));
+        assert!(!is_lost(), "somebody else wrote that");
     }
 
     #[test]

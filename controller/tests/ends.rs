@@ -468,3 +468,37 @@ async fn a_taint_with_no_execute_evicts_those_that_do_not_tolerate_it() {
     let stays = cluster.agents().get("stays").await.unwrap();
     assert_eq!(blade.fake.phase(&stays.uid().unwrap()), Some(Phase::Running));
 }
+
+/// What only far-devapi can do: see [`support::server`].
+mod embedded {
+    use far_devapi::faults::{Action, Fault, Match};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn that_a_silent_blade_is_drained_is_told_however_often_the_write_fails() {
+        let cluster = Cluster::start_with(|config| config.node_lost_after = Duration::from_secs(1)).await;
+        blade(&cluster, "b1").await.die().await;
+        cluster.wait_ready("b1", "Unknown").await;
+        let on = Match {
+            verb: Some("patch".into()),
+            resource: Some("farnodes".into()),
+            subresource: Some("status".into()),
+            ..Match::default()
+        };
+        for code in [500, 409] {
+            let retry_after = None;
+            let action = Action::Answer { code, retry_after };
+            let on = on.clone();
+            assert!(cluster.api.faults.add(Fault { on, action, times: 1 }));
+        }
+        change_blade(&cluster, "b1", json!({"drain": {"policy": "Wait"}})).await;
+        until("the drain to be told", async || {
+            let conditions = cluster.nodes().get("b1").await.unwrap().status?.conditions;
+            let is = |kind: &str, status: &str| conditions.iter().any(|one| one.type_ == kind && one.status == status);
+            (is("Draining", "True") && is("Ready", "Unknown")).then_some(())
+        })
+        .await;
+        assert_eq!(cluster.api.faults.pending(), []);
+    }
+}
