@@ -28,6 +28,11 @@ impl Action {
     pub(crate) const fn await_change() -> Self {
         Self { after: None }
     }
+
+    /// As this one, and after this time at the latest.
+    pub(crate) fn at_latest(self, after: Duration) -> Self {
+        Self::requeue(self.after.map_or(after, |own| own.min(after)))
+    }
 }
 
 /// The keys that are due or will be.
@@ -110,6 +115,14 @@ mod tests {
             tokio::time::timeout(100 * SECOND, queue.next()).await.is_err(),
             "nothing is left"
         );
+    }
+
+    #[test]
+    fn a_later_time_never_puts_off_an_earlier_one() {
+        let at_latest = |action: Action, seconds| action.at_latest(seconds * SECOND);
+        assert_eq!(at_latest(Action::await_change(), 5), Action::requeue(5 * SECOND));
+        assert_eq!(at_latest(Action::requeue(SECOND), 5), Action::requeue(SECOND));
+        assert_eq!(at_latest(Action::requeue(9 * SECOND), 5), Action::requeue(5 * SECOND));
     }
 
     #[tokio::test(start_paused = true)]

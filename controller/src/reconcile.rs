@@ -207,9 +207,9 @@ impl Pass<'_> {
         let next = self.act(&seen).await?;
         // Time alone makes it leave.
         Ok(match (next, leaves_at) {
-            (Next::Rest(_), Some(at)) if !seen.must_leave && !status.is_final() => {
+            (Next::Rest(action), Some(at)) if !seen.must_leave && !status.is_final() => {
                 let left = at.saturating_duration_since(Instant::now());
-                Next::Rest(Action::requeue(left.clamp(Duration::from_millis(20), RECHECK)))
+                Next::Rest(action.at_latest(left.clamp(Duration::from_millis(20), RECHECK)))
             }
             (next, _) => next,
         })
