@@ -187,8 +187,10 @@ fn common(status: &Status) -> CallError {
     }
 }
 
+/// What a blade says stays one line: these texts are logged.
 fn text(status: &Status) -> String {
-    convert::cut(format!("{} ({:?})", status.message(), status.code()), 1024)
+    let said = status.message().replace(char::is_control, " ");
+    convert::cut(format!("{said} ({:?})", status.code()), 1024)
 }
 
 async fn within<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
@@ -198,5 +200,16 @@ async fn within<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>
             "no answer within {} s",
             LIMIT.as_secs()
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_blade_says_is_one_line() {
+        let status = Status::internal("no\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2K");
+        assert_eq!(text(&status), "no 2026-01-01T00:00:00Z ERROR forged [2K (Internal)");
     }
 }

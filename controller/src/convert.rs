@@ -5,6 +5,7 @@ use far_api::{
     BootResources, Claimed, FarAgent, FarAgentStatus, FarNode, LastAttempt as ApiLastAttempt, Phase as ApiPhase,
     placement,
 };
+pub(crate) use far_core::text::cut;
 use far_core::{
     placement::Blade,
     retry::Counts,
@@ -18,9 +19,9 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
-/// Longest texts taken from a blade, bytes; its own bounds are 1 KiB and 2 KiB.
 /// Longest uid, bytes: the API's are UUIDs of 36.
 const MAX_UID: usize = 64;
+/// Longest texts taken from a blade, bytes; its own bounds are 1 KiB and 2 KiB.
 const MAX_TEXT: usize = 4096;
 
 /// What placement needs of a blade.
@@ -223,7 +224,8 @@ pub(crate) fn report(state: wire::AgentState) -> Option<(wire::Identity, Report)
     };
     let identity = state.identity.filter(|identity| identity.uid.len() <= MAX_UID)?;
     let moment = |at: Option<prost_types::Timestamp>| {
-        at.map(|at| Stamp {
+        // What the API cannot write would be another status at every look.
+        at.filter(|at| seconds(at.seconds).is_some()).map(|at| Stamp {
             seconds: at.seconds,
             nanos: 0,
         })
@@ -275,15 +277,6 @@ fn end(end: wire::End) -> End {
         message: cut(end.message, MAX_TEXT),
         tail: cut(end.tail, MAX_TEXT),
     }
-}
-
-/// At most `most` bytes, at a character's border.
-pub(crate) fn cut(mut text: String, most: usize) -> String {
-    if text.len() > most {
-        let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-        text.truncate(end);
-    }
-    text
 }
 
 #[cfg(test)]
@@ -343,8 +336,22 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_cut_between_characters() {
-        assert_eq!(cut("aä".to_owned(), 2), "a");
-        assert_eq!(cut("aä".to_owned(), 3), "aä");
+    fn a_blade_names_no_agent_and_no_time_that_cannot_be() {
+        let state = |uid: &str, seconds| wire::AgentState {
+            identity: Some(wire::Identity {
+                uid: uid.to_owned(),
+                attempt: 1,
+                ..wire::Identity::default()
+            }),
+            phase: wire::Phase::Running.into(),
+            started_at: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+            ..wire::AgentState::default()
+        };
+        let started = |state| report(state).unwrap().1.started_at.map(|at| at.seconds);
+        assert!(report(state(&"u".repeat(65), 1)).is_none());
+        assert_eq!(started(state("u", 1)), Some(1));
+        for seconds in [i64::MAX, i64::MIN, 1_000_000_000_000] {
+            assert_eq!(started(state("u", seconds)), None, "{seconds}");
+        }
     }
 }

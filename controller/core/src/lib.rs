@@ -2,7 +2,8 @@
 //!
 //! Facts come in as arguments, decisions and statuses go out as values; `far-controller` does the watching, calling and
 //! writing. [`placement`] chooses blades, [`lifecycle`] says what to do next with one agent, [`status`] says what may be
-//! claimed about it, [`pools`] how many agents are kept warm, [`tasks`] what a queue does next.
+//! claimed about it, [`pools`] how many agents are kept warm, [`tasks`] what a queue does next,
+//! [`text`] bounds what others say.
 #![forbid(unsafe_code)]
 
 pub mod eviction;
@@ -14,3 +15,4 @@ pub mod quantity;
 pub mod retry;
 pub mod status;
 pub mod tasks;
+pub mod text;

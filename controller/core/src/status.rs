@@ -7,7 +7,13 @@
 //! ```
 //! Invariant: no exit code without an exit report. Invariant: nothing changes a final status.
 
-use crate::retry::{Counts, Rules, Verdict, verdict};
+use crate::{
+    retry::{Counts, Rules, Verdict, verdict},
+    text::cut,
+};
+
+/// Longest message in a status, bytes; the API takes as many characters.
+const MAX_MESSAGE: usize = 4096;
 
 /// Where an agent stands, in one word; derived from the conditions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -591,7 +597,7 @@ impl Status {
             attempt: self.attempt,
             node: self.node.clone(),
             reason: reason.as_str().to_owned(),
-            message: message.to_owned(),
+            message: bounded(message),
             exit_code: self.exit_code,
             signal: self.signal,
             finished_at: self.finished_at,
@@ -616,7 +622,7 @@ impl Status {
 
     fn why(&mut self, reason: &str, message: &str) {
         self.reason = Some(reason.to_owned());
-        self.message = Some(message.to_owned()).filter(|text| !text.is_empty());
+        self.message = Some(bounded(message)).filter(|text| !text.is_empty());
     }
 
     fn set(&mut self, kind: ConditionKind, holds: bool, reason: &str, message: &str) {
@@ -624,13 +630,18 @@ impl Status {
             kind,
             holds,
             reason: reason.to_owned(),
-            message: message.to_owned(),
+            message: bounded(message),
         };
         match self.conditions.binary_search_by_key(&kind, |one| one.kind) {
             Ok(index) => self.conditions[index] = condition,
             Err(index) => self.conditions.insert(index, condition),
         }
     }
+}
+
+/// A longer one the API would refuse, and with it the whole status.
+fn bounded(message: &str) -> String {
+    cut(message.to_owned(), MAX_MESSAGE)
 }
 
 /// Reason of Booted while the blade works towards it.

@@ -57,6 +57,27 @@ fn a_good_life_goes_through_the_phases_in_order() {
 }
 
 #[test]
+fn no_message_is_longer_than_the_api_takes() {
+    let mut report = ended(EndReason::Error, Some(1));
+    report.end.as_mut().unwrap().message = "ä".repeat(2048);
+    let again = Rules {
+        restart: crate::retry::Restart::OnFailure,
+        ..Rules::default()
+    };
+    for rules in [Rules::default(), again] {
+        let status = placed().follow(&Fact::Seen(&report), &rules);
+        let last = status.last_attempt.iter().map(|last| &last.message);
+        let messages = status
+            .conditions
+            .iter()
+            .map(|one| &one.message)
+            .chain(&status.message)
+            .chain(last);
+        assert_eq!(messages.map(String::len).max(), Some(4096));
+    }
+}
+
+#[test]
 fn a_warm_agent_is_booted_but_not_ready() {
     let warm = Report {
         booted: true,
