@@ -78,6 +78,8 @@ pub(crate) struct Member {
     pub(crate) over: Option<String>,
     /// Its microVM is another agent's.
     pub(crate) claimed: bool,
+    /// And who took it over could not remove it.
+    pub(crate) left: bool,
     fit: Option<Fit>,
 }
 
@@ -161,12 +163,22 @@ impl Stock {
                 format!("{}: {}", reason.unwrap_or_default(), message.unwrap_or_default())
             }),
             claimed: false,
+            left: false,
             fit: Fit::of(agent),
         };
         self.pools.insert(uid.clone(), key.clone());
         let members = self.members.entry(key.clone()).or_default();
-        let claimed = members.get(&uid).is_some_and(|before| before.claimed);
-        members.insert(uid, Member { claimed, ..member });
+        let (claimed, left) = members
+            .get(&uid)
+            .map_or((false, false), |known| (known.claimed, known.left));
+        members.insert(
+            uid,
+            Member {
+                claimed,
+                left,
+                ..member
+            },
+        );
         Some(key)
     }
 
@@ -261,6 +273,13 @@ impl Stock {
             return None;
         }
         self.asked.entry(key.clone()).or_default().claims += 1;
+        Some(key)
+    }
+
+    /// An agent that was taken over could not be removed. Answers its pool.
+    pub(crate) fn left(&mut self, warm: &str) -> Option<PoolKey> {
+        let key = self.pools.get(warm)?.clone();
+        self.members.get_mut(&key)?.get_mut(warm)?.left = true;
         Some(key)
     }
 

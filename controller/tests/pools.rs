@@ -359,3 +359,40 @@ async fn a_pool_without_template_and_one_whose_agents_fail_say_so() {
     .await;
     cluster.wait_gone(&name).await;
 }
+
+/// What only far-devapi can do: see [`support::server`].
+mod embedded {
+    use far_devapi::faults::{Action, Fault, Match};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_claimed_agent_that_could_not_be_removed_goes_all_the_same() {
+        let cluster = Cluster::start().await;
+        let blade = warm_blade(&cluster, "b1").await;
+        template(&cluster, "a").await;
+        pool(&cluster, json!({"replicas": 1})).await;
+        wait_warm(&cluster, 1).await;
+        let warm = kept(&cluster).await.remove(0);
+        let on = Match {
+            verb: Some("delete".into()),
+            resource: Some("faragents".into()),
+            ..Match::default()
+        };
+        let action = Action::Answer {
+            code: 500,
+            retry_after: None,
+        };
+        assert!(cluster.api.faults.add(Fault { on, action, times: 1 }));
+        let uid = cluster.create("mine", claimant("hello")).await.uid().unwrap();
+        until("the blade to have it", async || blade.fake.phase(&uid)).await;
+        blade.fake.running(&uid);
+        cluster.wait_phase("mine", "Running").await;
+        cluster.wait_gone(&warm).await;
+        assert_eq!(cluster.api.faults.pending(), []);
+        wait_pool(&cluster, "another warm one", |status| {
+            status["claimed"] == 1 && status["warm"] == 1
+        })
+        .await;
+    }
+}

@@ -13,6 +13,8 @@ pub enum Stand {
     Taken,
     /// It ended, or its blade is lost.
     Over,
+    /// Its microVM is another agent's, and who took it over could not remove it.
+    Spent,
     /// It was told to go.
     Leaving,
 }
@@ -82,7 +84,7 @@ pub fn plan(members: &[Member], wanted: u32, replace: bool) -> Plan {
     let (mut keep, mut plan) = (Vec::new(), Plan::default());
     for member in members {
         match member.stand {
-            Stand::Over => plan.remove.push(member.uid.clone()),
+            Stand::Over | Stand::Spent => plan.remove.push(member.uid.clone()),
             Stand::Taken | Stand::Leaving => {}
             Stand::Coming | Stand::Warm if replace && !member.is_current => plan.remove.push(member.uid.clone()),
             Stand::Coming | Stand::Warm => keep.push(member),
@@ -175,9 +177,17 @@ mod tests {
 
     #[test]
     fn what_is_made_and_removed() {
-        use Stand::{Coming, Leaving, Over, Taken, Warm};
+        use Stand::{Coming, Leaving, Over, Spent, Taken, Warm};
         type Case = (&'static str, Vec<Member>, u32, bool, u32, &'static [&'static str]);
-        let cases: [Case; 7] = [
+        let cases: [Case; 8] = [
+            (
+                "one that was taken and left behind goes",
+                vec![member("a", Spent, true, 1), member("b", Warm, true, 1)],
+                1,
+                false,
+                0,
+                &["a"],
+            ),
             ("empty", vec![], 2, false, 2, &[]),
             (
                 "enough",
@@ -262,6 +272,7 @@ mod tests {
             Just(Stand::Warm),
             Just(Stand::Taken),
             Just(Stand::Over),
+            Just(Stand::Spent),
             Just(Stand::Leaving)
         ];
         (stand, any::<bool>(), 0..50_i64)

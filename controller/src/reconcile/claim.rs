@@ -91,7 +91,8 @@ impl Pass<'_> {
             Ok(_) => {}
             Err(kube::Error::Api(error)) if error.code == 404 || error.code == 409 => {}
             Err(error) => {
-                tracing::warn!(agent.name = claim.name, %error, "a claimed warm agent was not removed: its pool will")
+                tracing::warn!(agent.name = claim.name, %error, "a claimed warm agent was not removed: its pool will");
+                self.context.world.warm_left(&claim.uid);
             }
         }
     }

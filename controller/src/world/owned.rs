@@ -97,6 +97,13 @@ impl World {
         is_news
     }
 
+    /// A warm agent that was handed over could not be removed: its pool does that now.
+    pub(crate) fn warm_left(&self, warm: &str) {
+        if let Some(pool) = self.lock().stock.left(warm) {
+            self.pool_work.mark(pool);
+        }
+    }
+
     /// Agents of a pool whose template is now `template`.
     pub(crate) fn pool_members(&self, key: &PoolKey, pool_uid: &str, template: &str) -> Vec<PoolMember> {
         let mut inner = self.lock();
@@ -108,6 +115,8 @@ impl World {
                 let stage = stage(reports, &member);
                 let stand = if member.deleting {
                     Stand::Leaving
+                } else if member.left {
+                    Stand::Spent
                 } else if promised || member.claimed {
                     Stand::Taken
                 } else if member.over.is_some() || stage == Some(Stage::Ended) {
