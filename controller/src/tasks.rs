@@ -29,7 +29,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use crate::{
     pools::{condition, is_theirs},
     status_writer,
-    tries::{QUEUE_ANNOTATION, QueueKey, task_of},
+    tries::{QUEUE_ANNOTATION, QueueKey, Try, task_of},
     watching,
     world::{Teller, World},
 };
@@ -225,11 +225,16 @@ impl Keeper {
         })
     }
 
+    /// What is known of the task's agent of this name.
+    fn agent_of(&self, task: &FarTask, name: &str) -> Option<Try> {
+        let (namespace, uid) = (task.namespace().unwrap_or_default(), task.uid().unwrap_or_default());
+        self.own.world.task_agent(&namespace, &uid, name)
+    }
+
     fn seen(&self, task: &FarTask) -> Task {
         let status = task.status.clone().unwrap_or_default();
-        let uid = task.uid().unwrap_or_default();
         let agent_of = |attempt: u32| {
-            let agent = self.own.world.task_agent(&uid, &agent_name(task, attempt));
+            let agent = self.agent_of(task, &agent_name(task, attempt));
             agent.map(|one| one.agent).unwrap_or_default()
         };
         let phase = match status.phase {
@@ -299,7 +304,7 @@ impl Keeper {
     ) -> Result<Option<Duration>, kube::Error> {
         let (old, uid) = (task.status.clone().unwrap_or_default(), task.uid().unwrap_or_default());
         let name = agent_name(task, attempt);
-        if self.own.world.task_agent(&uid, &name).is_none() {
+        if self.agent_of(task, &name).is_none() {
             let wait = |reason: &str, message: String| {
                 let status = waiting(&old, reason, &message);
                 async move { self.write(task, &status).await.map(|()| Some(TAKEN_LOOK)) }
@@ -347,7 +352,7 @@ impl Keeper {
 
     /// The agent of an earlier try: what is to be known of it is in the task.
     async fn remove_agent(&self, task: &FarTask, name: &str) -> Result<(), kube::Error> {
-        let Some(known) = self.own.world.task_agent(&task.uid().unwrap_or_default(), name) else {
+        let Some(known) = self.agent_of(task, name) else {
             return Ok(());
         };
         let api: Api<FarAgent> = Api::namespaced(self.own.client.clone(), &task.namespace().unwrap_or_default());

@@ -26,9 +26,9 @@ pub(crate) struct Try {
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Tries {
-    /// Task's uid → agent's name.
-    of_task: HashMap<String, BTreeMap<String, Try>>,
-    /// Agent's uid → its task, its own name, its queue.
+    /// (namespace, task's uid) → agent's name. Owners are what an agent says: one of another namespace is none of the task's.
+    of_task: HashMap<(String, String), BTreeMap<String, Try>>,
+    /// Agent's uid → its task's uid, its own name, its queue; all are of one namespace.
     owners: HashMap<String, (String, String, QueueKey)>,
 }
 
@@ -58,7 +58,7 @@ impl Tries {
         let name = agent.name_any();
         self.owners
             .insert(uid.clone(), (task.clone(), name.clone(), queue.clone()));
-        let before = self.of_task.entry(task).or_default().insert(
+        let before = self.of_task.entry((queue.0.clone(), task)).or_default().insert(
             name,
             Try {
                 uid,
@@ -71,18 +71,51 @@ impl Tries {
     /// An agent is gone from the API. Answers the queue to look at.
     pub(crate) fn forget(&mut self, uid: &str) -> Option<QueueKey> {
         let (task, name, queue) = self.owners.remove(uid)?;
-        let tries = self.of_task.get_mut(&task)?;
+        let key = (queue.0.clone(), task);
+        let tries = self.of_task.get_mut(&key)?;
         if tries.get(&name).is_some_and(|one| one.uid == uid) {
             tries.remove(&name);
         }
         if tries.is_empty() {
-            self.of_task.remove(&task);
+            self.of_task.remove(&key);
         }
         Some(queue)
     }
 
     /// An agent of a task.
-    pub(crate) fn get(&self, task: &str, agent: &str) -> Option<&Try> {
-        self.of_task.get(task)?.get(agent)
+    pub(crate) fn get(&self, namespace: &str, task: &str, agent: &str) -> Option<&Try> {
+        self.of_task.get(&(namespace.to_owned(), task.to_owned()))?.get(agent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn agent(namespace: &str, uid: &str) -> FarAgent {
+        serde_json::from_value(json!({
+            "apiVersion": "tiffany.dev/v1", "kind": "FarAgent", "spec": {"image": "a"},
+            "metadata": {
+                "name": "job-1", "namespace": namespace, "uid": uid, "annotations": {QUEUE_ANNOTATION: "q"},
+                "ownerReferences": [
+                    {"apiVersion": "tiffany.dev/v1alpha1", "kind": "FarTask", "name": "job", "uid": "task", "controller": true},
+                ],
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn an_agent_of_another_namespace_says_nothing_of_a_task() {
+        let mut tries = Tries::default();
+        tries.observe(&agent("theirs", "forged"), &Status::default());
+        assert!(tries.get("ours", "task", "job-1").is_none());
+        tries.observe(&agent("ours", "true"), &Status::default());
+        tries.forget("forged");
+        assert_eq!(tries.get("ours", "task", "job-1").map(|one| &*one.uid), Some("true"));
+        tries.forget("true");
+        assert!(tries.of_task.is_empty() && tries.owners.is_empty());
     }
 }

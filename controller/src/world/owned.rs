@@ -161,8 +161,8 @@ impl World {
     }
 
     /// What is known of an agent of a task: its uid, and how it goes.
-    pub(crate) fn task_agent(&self, task: &str, agent: &str) -> Option<crate::tries::Try> {
-        self.lock().tries.get(task, agent).cloned()
+    pub(crate) fn task_agent(&self, namespace: &str, task: &str, agent: &str) -> Option<crate::tries::Try> {
+        self.lock().tries.get(namespace, task, agent).cloned()
     }
 }
 
