@@ -56,8 +56,10 @@ impl BladeApi {
                 "the certificate of blade {blade} was revoked"
             )));
         }
-        if visit.is_some_and(|visit| !visit.is_recognised()) {
-            return Err(Status::resource_exhausted("too many blades are connected"));
+        if visit.is_some_and(|visit| !visit.is_recognised(&blade)) {
+            return Err(Status::resource_exhausted(
+                "too many blades are connected, or this one too often",
+            ));
         }
         Ok(blade)
     }

@@ -98,16 +98,17 @@ impl Visit {
     }
 
     /// A call showed who it is. Answers whether there is a place for it.
-    pub(crate) fn is_recognised(&self) -> bool {
-        self.connection.is_recognised()
+    pub(crate) fn is_recognised(&self, who: &str) -> bool {
+        self.connection.is_recognised(who)
     }
 }
 
-/// Takes connections until dropped; gives them to tonic by the stream. The future does the work and never ends.
+/// Takes connections until dropped, at most `max_known` that showed who they are, `max_each` of each; gives them to tonic by the stream. The future does the work and never ends.
 pub(crate) fn open(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
     max_known: usize,
+    max_each: usize,
 ) -> (
     impl Future<Output = std::convert::Infallible> + Send + 'static,
     impl Stream<Item = io::Result<Visitor>> + Send + 'static,
@@ -116,7 +117,7 @@ pub(crate) fn open(
     let accepting = accept(
         listener,
         TlsAcceptor::from(tls),
-        Connections::new(MAX_STRANGERS, max_known),
+        Connections::new(MAX_STRANGERS, max_known, max_each),
         send,
     );
     (accepting, ReceiverStream::new(visitors))

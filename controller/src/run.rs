@@ -37,8 +37,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// Between two looks whether somebody who waits for a blade has waited long enough to be tried again.
 const PLACEMENT_TICK: Duration = Duration::from_secs(1);
-/// Connections of blades, which have a certificate; one blade uses one.
+/// Connections of blades, which have a certificate.
 const MAX_BLADE_CONNECTIONS: usize = 20_000;
+/// Of one blade: it uses one, and those it lost are noticed within a minute.
+const MAX_CONNECTIONS_PER_BLADE: usize = 8;
 
 /// Between two looks whether the join token in the file still works.
 const TOKEN_LOOK: Duration = Duration::from_secs(2);
@@ -271,7 +273,7 @@ async fn serve(
         .with_context(|| format!("binding --listen {}", config.listen))?;
     let address = listener.local_addr().context("reading the bound address")?;
     let tls = door::tls(&own, Some(ca.certificate_pem())).context("preparing the blade API's TLS")?;
-    let (accepting, visitors) = door::open(listener, tls, MAX_BLADE_CONNECTIONS);
+    let (accepting, visitors) = door::open(listener, tls, MAX_BLADE_CONNECTIONS, MAX_CONNECTIONS_PER_BLADE);
     let api = BladeApi {
         ca: ca.clone(),
         tokens: Tokens::new(&config.state_dir),

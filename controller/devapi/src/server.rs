@@ -60,7 +60,7 @@ struct Dropped;
 pub(crate) async fn serve(app: Arc<App>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
     let acceptor = TlsAcceptor::from(tls);
     let graceful = GracefulShutdown::new();
-    let connections = Connections::new(MAX_STRANGERS, MAX_CONNECTIONS);
+    let connections = Connections::new(MAX_STRANGERS, MAX_CONNECTIONS, MAX_CONNECTIONS);
     loop {
         let accepted = tokio::select! {
             () = app.stopping.cancelled() => break,
@@ -161,7 +161,7 @@ async fn route(app: &Arc<App>, connection: &Connection, request: Request<Incomin
         return Ok(text("ok").into());
     }
     let user = authenticate(app, &request)?;
-    if !connection.is_recognised() {
+    if !connection.is_recognised(&user.name) {
         tracing::warn!(limit = MAX_CONNECTIONS, "too many connections, one is refused");
         return Err(ApiError::Overloaded.into());
     }

@@ -13,7 +13,7 @@ use super::access::{Action, Scope, User};
 use crate::{links::MAX_CALLS_PER_BLADE, metrics::Metrics};
 
 const MAX_CALLS: usize = 2048;
-const MAX_CALLS_PER_USER: usize = 256;
+pub(super) const MAX_CALLS_PER_USER: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Holder {

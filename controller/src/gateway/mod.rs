@@ -31,6 +31,8 @@ use crate::{Config, ca::Ca, door, files, metrics::Metrics, world::World};
 
 /// Callers that have shown a good token.
 const MAX_KNOWN: usize = 1024;
+/// Of them, of one user: each of a user's calls may come on a connection of its own.
+const MAX_KNOWN_PER_USER: usize = calls::MAX_CALLS_PER_USER;
 /// Calls of one connection; `far port-forward` opens 60.
 const MAX_STREAMS: u32 = 64;
 /// What a caller may send ahead in one call, bytes; a connection's window holds that of every call.
@@ -82,7 +84,7 @@ pub(crate) async fn start(
     };
     let own = ca.own_identity(&config.server_name)?;
     let tls = door::tls(&own, None).context("preparing the gateway's TLS")?;
-    let (accepting, visitors) = door::open(listener, tls, MAX_KNOWN);
+    let (accepting, visitors) = door::open(listener, tls, MAX_KNOWN, MAX_KNOWN_PER_USER);
     let gateway = Gateway {
         access: Arc::new(access::Access::new(
             client.clone(),

@@ -56,9 +56,9 @@ impl Gateway {
     async fn enter<T>(&self, request: &Request<T>) -> Result<Arc<User>, Status> {
         let user = self.access.user(request.metadata()).await?;
         let visit = request.extensions().get::<Visit>();
-        if visit.is_some_and(|visit| !visit.is_recognised()) {
+        if visit.is_some_and(|visit| !visit.is_recognised(&user.name)) {
             return Err(Status::resource_exhausted(
-                "too many callers are connected: try again later",
+                "too many callers are connected, or you too often: try again later",
             ));
         }
         Ok(user)
