@@ -215,6 +215,7 @@ impl Running {
         let drained = tokio::time::timeout(DRAIN, async { while self.tasks.join_next().await.is_some() {} }).await;
         if drained.is_err() {
             tracing::warn!("parts of the controller did not end in time");
+            self.tasks.abort_all();
         }
         if let Some(keeper) = &self.token {
             keeper
