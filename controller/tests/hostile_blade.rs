@@ -323,3 +323,22 @@ async fn renewing_again_and_again_hides_no_certificate_from_revocation() {
         assert_eq!(refused.code(), Code::PermissionDenied);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blade_that_speaks_of_more_agents_than_any_can_have_gets_none() {
+    let _ = log();
+    let cluster = Cluster::start().await;
+    let blade = FakeBlade::start(&cluster, "b1", capacity(4000, 4096)).await;
+    let (credentials, fake) = blade.die().await;
+    for n in 0..=65_536 {
+        fake.lies_about(&format!("ghost-{n}"), Phase::Running);
+    }
+    let blade = FakeBlade::resume(&cluster, "b1", capacity(4000, 4096), credentials, fake).await;
+    let uid = cluster.create("a", json!({"image": "i"})).await.uid().unwrap();
+    let waits = cluster
+        .wait("a", "to wait", |status| status["reason"] == "Unschedulable")
+        .await;
+    assert_eq!(waits["status"]["message"], "0/1 blades are available: 1 not reachable.");
+    blade.fake.lose_ledger();
+    until("the blade to have it", async || blade.fake.phase(&uid)).await;
+}
