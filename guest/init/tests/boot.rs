@@ -558,7 +558,7 @@ fn a_real_guest_answers_exec_files_forward_time_entropy_and_freeze() {
             &[
                 "/bin/payload",
                 "tty-size",
-                "await-resize",
+                "await-resize=40x120",
                 "tty-size",
                 "read-line",
                 "exit=0",

@@ -229,7 +229,7 @@ fn a_terminal_has_a_size_echoes_and_turns_ctrl_c_into_a_signal() {
             &[
                 "payload",
                 "tty-size",
-                "await-resize",
+                "await-resize=50x132",
                 "tty-size",
                 "read-line",
                 "sleep=3600000",

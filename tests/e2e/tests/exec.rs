@@ -243,7 +243,7 @@ fn a_terminal_follows_size_keys_and_ctrl_c_and_is_given_back() {
     let Some(far) = running("a_terminal_follows_size_keys_and_ctrl_c_and_is_given_back", "a") else {
         return;
     };
-    let steps = ["tty-size", "await-resize", "tty-size", "read-line", "exit=7"];
+    let steps = ["tty-size", "await-resize=50x120", "tty-size", "read-line", "exit=7"];
     let args: Vec<&str> = ["exec", "-it", "a", "--", "/payload"]
         .into_iter()
         .chain(steps)

@@ -41,7 +41,7 @@ pub(crate) fn run(verb: &str, value: &str) -> Result<(), String> {
             .map_err(text),
         "read-line" => read_line(),
         "tty-size" => tty_size().and_then(|(rows, columns)| writeln!(io::stdout(), "{rows}x{columns}").map_err(text)),
-        "await-resize" => await_resize(),
+        "await-resize" => await_resize(value),
         "read-file" => until(|| fs::metadata(value).is_ok()),
         "await-end" => until(|| fs::metadata(format!("/proc/{value}")).is_err()),
         "listen" => listen(value),
@@ -197,10 +197,11 @@ fn tty_size() -> Result<(u16, u16), String> {
     }
 }
 
-fn await_resize() -> Result<(), String> {
-    let before = tty_size()?;
+/// Until the terminal has this size, ROWSxCOLUMNS. Others on the way there are passed over: stty(1) changes first one number,
+/// then the other.
+fn await_resize(wanted: &str) -> Result<(), String> {
     writeln!(io::stdout(), "waiting").map_err(text)?;
-    until(|| tty_size().is_ok_and(|now| now != before))
+    until(|| tty_size().is_ok_and(|(rows, columns)| format!("{rows}x{columns}") == wanted))
 }
 
 /// An echo server on 127.0.0.1 that serves one connection after the other.
