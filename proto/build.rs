@@ -3,7 +3,10 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=far");
     let guest = protox::compile(["far/guest/v1/control.proto"], ["."])?;
-    prost_build::Config::new().compile_fds(guest)?;
+    // Output is not copied out of the buffer that it was read into.
+    prost_build::Config::new()
+        .bytes([".far.guest.v1.Log.data"])
+        .compile_fds(guest)?;
     if std::env::var_os("CARGO_FEATURE_GRPC").is_some() {
         let files = [
             "far/node/v1/node.proto",

@@ -15,6 +15,8 @@
 mod reader;
 mod ring;
 
+use bytes::Bytes;
+
 pub use reader::{LogReader, read_tail};
 pub use ring::{LogWriter, Stored};
 
@@ -36,8 +38,8 @@ pub struct LogRecord {
     pub seq: u64,
     /// Nanoseconds since the Unix epoch, by the guest's clock.
     pub time_ns: u64,
-    /// The bytes.
-    pub data: Vec<u8>,
+    /// The bytes; a part of the buffer that they were read into.
+    pub data: Bytes,
 }
 
 /// A piece of output as it is read back.

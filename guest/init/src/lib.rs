@@ -43,6 +43,7 @@ use place::Place;
 #[must_use]
 pub fn start() -> u8 {
     let has_console = sys::stand_on_own_feet();
+    sys::keep_memory();
     let place = match Place::claim(std::env::args_os().skip(1)) {
         Ok(place) => place,
         Err(refusal) => {

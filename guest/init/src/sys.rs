@@ -1,11 +1,15 @@
 //! The calls that neither std nor nix offers safely. Every `unsafe` block of this crate is in this file.
 #![allow(unsafe_code)]
 
+use bytes::BytesMut;
 use nix::unistd::Pid;
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
+
+/// Freed memory that is kept for the next buffer, bytes: a window of output and what waits on the connection.
+const KEPT_BYTES: libc::c_int = 1 << 20;
 
 /// What Rust's own start would have done and this program needs: descriptors 0 to 2 are taken, so that nothing opened
 /// later is mistaken for a standard stream. `false`: they were not, and lead nowhere now. SIGPIPE needs nothing: the kernel
@@ -151,6 +155,37 @@ pub(crate) fn read_some(fd: &impl AsRawFd, limit: usize) -> io::Result<Vec<u8>> 
         bytes.shrink_to_fit();
     }
     Ok(bytes)
+}
+
+/// Reads once to the end of `buffer`, as much as it has room for without growing; answers how many bytes. A buffer without
+/// room gives 0, as the end of a stream does.
+///
+/// # Errors
+/// Whatever read(2) says.
+pub(crate) fn read_into(fd: &impl AsRawFd, buffer: &mut BytesMut) -> io::Result<usize> {
+    let held = buffer.len();
+    let room = buffer.spare_capacity_mut();
+    // SAFETY: the kernel writes at most that many bytes to spare memory of the buffer.
+    let got = unsafe { libc::read(fd.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
+    let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel wrote so many bytes behind those that were held.
+    unsafe { buffer.set_len(held + got) };
+    Ok(got)
+}
+
+/// From now on freed memory is kept until [`trim_memory`]: giving each buffer's pages back at once, as the C library does
+/// beyond 128 KiB, makes the kernel clear new ones for the next. mallopt(3).
+pub(crate) fn keep_memory() {
+    for what in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
+        // SAFETY: sets a number of the allocator; nothing else runs yet.
+        unsafe { libc::mallopt(what, KEPT_BYTES) };
+    }
+}
+
+/// Gives memory that nobody uses back to the kernel, malloc_trim(3).
+pub(crate) fn trim_memory() {
+    // SAFETY: touches only what the allocator itself holds.
+    unsafe { libc::malloc_trim(0) };
 }
 
 /// Random bytes that need not wait for the kernel's generator to be seeded: `false` where there are none yet.

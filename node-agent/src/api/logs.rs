@@ -5,6 +5,7 @@ use crate::{
     logs::{LogReader, ReadRecord, Stream},
     wire,
 };
+use bytes::Buf;
 use far_proto::node::{self as proto, LogChunk};
 use futures::stream::{self, BoxStream, StreamExt};
 use std::{
@@ -125,7 +126,7 @@ impl Feed {
         while self.skip_lines > 0 {
             match data.iter().position(|byte| *byte == b'\n') {
                 Some(at) => {
-                    data.drain(..=at);
+                    data.advance(at + 1);
                     self.skip_lines -= 1;
                 }
                 None => return,
@@ -137,7 +138,7 @@ impl Feed {
         self.ready.push_back(LogChunk {
             stream: wire::stream(read.record.stream).into(),
             time: Some(wire::timestamp_of_ns(read.record.time_ns)),
-            data,
+            data: data.into(),
             dropped_bytes: std::mem::take(&mut self.dropped),
             seq: read.record.seq,
         });
@@ -175,7 +176,7 @@ mod tests {
                 stream: *stream,
                 seq,
                 time_ns: seq * 1_000_000_000,
-                data: text.as_bytes().to_vec(),
+                data: text.as_bytes().to_vec().into(),
             }]);
         }
         writer
@@ -251,7 +252,7 @@ mod tests {
             stream: Stream::Stdout,
             seq: 2,
             time_ns: 1,
-            data: b"two\n".to_vec(),
+            data: b"two\n".as_slice().into(),
         }]);
         send.send_modify(|signal| signal.rounds += 1);
         assert_eq!(chunks.next().await.unwrap().unwrap().data, b"two\n");

@@ -265,7 +265,7 @@ mod tests {
         message(Kind::Log(Log {
             stream: 1,
             seq,
-            data: b"x".to_vec(),
+            data: b"x".as_slice().into(),
             time_unix_ns: 1,
         }))
     }

@@ -12,7 +12,7 @@ use crate::{
     record::ExitHow,
 };
 use far_proto::{
-    frame::{self, Decoder, GENERATION},
+    frame::{self, ACK_BYTES, ACK_RECORDS, Decoder, GENERATION},
     guest::{self, GuestMessage, HostMessage, LogAck, Welcome, host_message::Kind},
 };
 use std::{
@@ -160,6 +160,30 @@ enum Answer {
     Heard,
 }
 
+/// Output that is stored and not acknowledged.
+#[derive(Default)]
+struct Unanswered {
+    stored: Stored,
+    bytes: usize,
+    records: usize,
+}
+
+impl Unanswered {
+    fn add(&mut self, output: &[LogRecord]) {
+        self.bytes += output.iter().map(|record| record.data.len()).sum::<usize>();
+        self.records += output.len();
+    }
+
+    /// What to acknowledge now; `all`: however little it is.
+    fn take(&mut self, all: bool) -> Option<Stored> {
+        let is_due = self.bytes >= ACK_BYTES || self.records >= ACK_RECORDS || (all && self.records > 0);
+        is_due.then(|| {
+            (self.bytes, self.records) = (0, 0);
+            self.stored
+        })
+    }
+}
+
 fn locked(protocol: &Mutex<Protocol>) -> std::sync::MutexGuard<'_, Protocol> {
     protocol.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -175,8 +199,7 @@ async fn read_all<F>(
 where
     F: Future<Output = Result<(), mpsc::error::SendError<(u64, SessionEvent)>>>,
 {
-    let mut buffer = vec![0; READ_STEP];
-    let mut told_complete = false;
+    let (mut told_complete, mut unanswered) = (false, Unanswered::default());
     // Since when the frame at the decoder's front waits for its rest.
     let mut begun: Option<Instant> = None;
     loop {
@@ -216,12 +239,15 @@ where
             }
         }
         if !output.is_empty() {
-            let stored = log.append(output).await;
-            if acks.send(Answer::Stored(stored)).await.is_err() {
-                return None;
-            }
+            unanswered.add(&output);
+            unanswered.stored = log.append(output).await;
         }
         let has_beaten = others.iter().any(|event| matches!(event, SessionEvent::Heartbeat(_)));
+        if let Some(stored) = unanswered.take(has_beaten)
+            && acks.send(Answer::Stored(stored)).await.is_err()
+        {
+            return None;
+        }
         if has_beaten && acks.send(Answer::Heard).await.is_err() {
             return None;
         }
@@ -246,9 +272,9 @@ where
         if rest.is_zero() {
             return unfinished();
         }
-        match tokio::time::timeout(rest, read.read(&mut buffer)).await {
+        match tokio::time::timeout(rest, read.read_buf(decoder.room(READ_STEP))).await {
             Ok(Ok(0) | Err(_)) => return None,
-            Ok(Ok(length)) => decoder.push(&buffer[..length]),
+            Ok(Ok(_)) => {}
             Err(_) => return unfinished(),
         }
     }

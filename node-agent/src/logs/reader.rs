@@ -143,7 +143,7 @@ mod tests {
             stream,
             seq,
             time_ns: seq,
-            data: data.to_vec(),
+            data: data.to_vec().into(),
         }
     }
 
@@ -188,7 +188,7 @@ mod tests {
         let more = read_all(&mut reader);
         assert_eq!(more.len(), 1);
         assert_eq!(
-            (more[0].record.data.as_slice(), more[0].dropped_bytes),
+            (more[0].record.data.as_ref(), more[0].dropped_bytes),
             (&b"three\n"[..], 0)
         );
         assert_eq!(read_tail(folder.path(), 10), "two\nthree\n");

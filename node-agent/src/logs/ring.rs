@@ -1,15 +1,18 @@
 //! Writing and recovering the two segments.
 
 use super::{LogRecord, Stream};
+use bytes::Bytes;
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufReader, Read, Write},
+    io::{self, BufReader, IoSlice, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 /// Bytes of a record before its data, without the length itself: stream, seq, time, position.
 pub(super) const FIXED: usize = 1 + 8 + 8 + 8;
+/// With the length.
+const HEAD: usize = 4 + FIXED;
 /// Longest data of one record: the control stream's bound for one Log is 64 KiB.
 pub(super) const MAX_DATA: usize = 1 << 20;
 const MARK: u8 = 0;
@@ -117,45 +120,46 @@ impl LogWriter {
     /// When the disk takes no more, the older segment is given up; when that does not help, the record is dropped and
     /// counted, because output must never stop a payload or its blade.
     pub fn append(&mut self, records: &[LogRecord]) {
-        let mut buffer = Vec::with_capacity(64 << 10);
+        let mut batch = Batch::default();
         for record in records {
             if record.seq <= self.stored.of(record.stream) || record.data.len() > MAX_DATA {
                 continue;
             }
-            let size = (4 + FIXED + record.data.len()) as u64;
-            if self.length + buffer.len() as u64 + size > self.segment_max {
-                self.flush(&mut buffer);
+            let size = (HEAD + record.data.len()) as u64;
+            if self.length + batch.length + size > self.segment_max {
+                self.flush(&mut batch);
                 self.rotate();
             }
-            encode(
-                &mut buffer,
+            let head = head(
                 Some(record.stream),
                 record.seq,
                 record.time_ns,
                 self.position,
-                &record.data,
+                record.data.len(),
             );
+            batch.parts.push((head, &record.data));
+            batch.length += size;
             self.position += record.data.len() as u64;
             self.stored.set(record.stream, record.seq);
         }
-        self.flush(&mut buffer);
+        self.flush(&mut batch);
     }
 
-    fn flush(&mut self, buffer: &mut Vec<u8>) {
-        if !buffer.is_empty() && self.write(buffer).is_err() {
+    fn flush(&mut self, batch: &mut Batch<'_>) {
+        if batch.length > 0 && self.write(batch).is_err() {
             // ENOSPC, most likely: the older segment's space first, then it is a drop that `position` tells readers.
             let _ = self.remove_older();
-            if let Err(error) = self.write(buffer) {
-                tracing::warn!(folder = %self.folder.display(), bytes = buffer.len(), %error, "output was dropped: it cannot be written");
+            if let Err(error) = self.write(batch) {
+                tracing::warn!(folder = %self.folder.display(), bytes = batch.length, %error, "output was dropped: it cannot be written");
             }
         }
-        buffer.clear();
+        *batch = Batch::default();
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self.file.write_all(bytes) {
+    fn write(&mut self, batch: &Batch<'_>) -> io::Result<()> {
+        match batch.write(&self.file) {
             Ok(()) => {
-                self.length += bytes.len() as u64;
+                self.length += batch.length;
                 Ok(())
             }
             Err(error) => {
@@ -200,16 +204,41 @@ impl LogWriter {
     }
 
     fn write_mark(&mut self) -> io::Result<()> {
-        let mut mark = Vec::new();
-        encode(
-            &mut mark,
-            None,
-            self.stored.stdout_seq,
-            self.stored.stderr_seq,
-            self.position,
-            &[],
-        );
-        self.write(&mark)
+        let Stored { stdout_seq, stderr_seq } = self.stored;
+        self.write(&Batch {
+            parts: vec![(head(None, stdout_seq, stderr_seq, self.position, 0), &[])],
+            length: HEAD as u64,
+        })
+    }
+}
+
+/// Records on their way to the file, from where their data lies.
+#[derive(Default)]
+struct Batch<'a> {
+    parts: Vec<([u8; HEAD], &'a [u8])>,
+    length: u64,
+}
+
+impl Batch<'_> {
+    fn write(&self, mut file: &File) -> io::Result<()> {
+        let parts = self.parts.iter();
+        let mut slices: Vec<IoSlice<'_>> = parts
+            .flat_map(|(head, data)| [IoSlice::new(head), IoSlice::new(data)])
+            .collect();
+        let mut left = slices.as_mut_slice();
+        let mut written = 0;
+        while written < self.length {
+            match file.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    written += count as u64;
+                    IoSlice::advance_slices(&mut left, count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -241,18 +270,22 @@ fn open_segment(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn encode(out: &mut Vec<u8>, stream: Option<Stream>, seq: u64, time: u64, position: u64, data: &[u8]) {
-    let length = u32::try_from(FIXED + data.len()).expect("MAX_DATA fits u32");
-    out.extend_from_slice(&length.to_be_bytes());
-    out.push(match stream {
+/// Everything of a record but its `length` bytes of data; `None`: a mark.
+fn head(stream: Option<Stream>, seq: u64, time: u64, position: u64, length: usize) -> [u8; HEAD] {
+    let length = u32::try_from(FIXED + length).expect("MAX_DATA fits u32");
+    let stream = match stream {
         None => MARK,
         Some(Stream::Stdout) => 1,
         Some(Stream::Stderr) => 2,
-    });
-    out.extend_from_slice(&seq.to_be_bytes());
-    out.extend_from_slice(&time.to_be_bytes());
-    out.extend_from_slice(&position.to_be_bytes());
-    out.extend_from_slice(data);
+    };
+    let mut head = [0; HEAD];
+    let (first, numbers) = head.split_at_mut(5);
+    first[..4].copy_from_slice(&length.to_be_bytes());
+    first[4] = stream;
+    for (place, number) in numbers.chunks_exact_mut(8).zip([seq, time, position]) {
+        place.copy_from_slice(&number.to_be_bytes());
+    }
+    head
 }
 
 /// The entry at the start of `bytes` and its length; `None` where it is not whole or not ours.
@@ -264,13 +297,12 @@ pub(super) fn decode(bytes: &[u8]) -> Option<(Entry, usize)> {
     let body = bytes.get(4..4 + length)?;
     let number = |at: usize| body[at..].first_chunk::<8>().map(|bytes| u64::from_be_bytes(*bytes));
     let (seq, time, position) = (number(1)?, number(9)?, number(17)?);
-    let data = body[FIXED..].to_vec();
     let log = |stream| Entry::Log {
         record: LogRecord {
             stream,
             seq,
             time_ns: time,
-            data: data.clone(),
+            data: Bytes::copy_from_slice(&body[FIXED..]),
         },
         position,
     };

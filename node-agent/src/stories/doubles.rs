@@ -462,7 +462,7 @@ impl Guest {
     }
 
     pub(crate) async fn log(&mut self, seq: u64, text: &str) {
-        let data = text.as_bytes().to_vec();
+        let data = text.as_bytes().to_vec().into();
         self.send(Kind::Log(Log {
             stream: 1,
             seq,

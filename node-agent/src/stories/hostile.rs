@@ -153,7 +153,7 @@ async fn a_flood_fills_neither_disk_nor_memory_and_is_told() {
         let mut read = read;
         tokio::io::copy(&mut read, &mut tokio::io::sink()).await
     });
-    let piece = vec![b'x'; 64 << 10];
+    let piece = bytes::Bytes::from(vec![b'x'; 64 << 10]);
     let mut write = write;
     let total = 32 << 20;
     for seq in 1..=total / piece.len() as u64 {
@@ -229,7 +229,7 @@ async fn a_guest_that_takes_no_acknowledgements_is_cut_off_and_may_dial_again() 
             let log = far_proto::guest::Log {
                 stream: 1,
                 seq,
-                data: vec![b'x'],
+                data: b"x".as_slice().into(),
                 time_unix_ns: 1,
             };
             far_proto::frame::encode(

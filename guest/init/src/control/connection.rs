@@ -5,6 +5,7 @@
 //! ```
 //! Everything is non-blocking: the session polls [`Link::interest`] and calls [`Link::advance`].
 
+use super::{outbox::Offer, queue::Queue};
 use crate::{place::Place, sys};
 use far_proto::{
     frame::{self, Decoder, FrameError},
@@ -72,8 +73,7 @@ enum State {
 struct Up {
     fd: OwnedFd,
     decoder: Decoder,
-    out: Vec<u8>,
-    written: usize,
+    out: Queue,
     welcome_by: Option<Instant>,
     /// When bytes came last.
     heard_at: Instant,
@@ -84,7 +84,7 @@ struct Up {
 impl Up {
     /// When the connection counts as dead. Not while it is not read from.
     fn silent_at(&self) -> Option<Instant> {
-        let is_read = self.out.len() - self.written < HEAR_LIMIT;
+        let is_read = self.out.len() < HEAR_LIMIT;
         self.silence.filter(|_| is_read).map(|limit| self.heard_at + limit)
     }
 }
@@ -126,12 +126,12 @@ impl Link {
             State::Down { .. } => None,
             State::Connecting { fd } => Some((fd.as_fd(), PollFlags::POLLOUT)),
             State::Up(up) => {
-                let out = if up.written < up.out.len() {
+                let out = if up.out.len() > 0 {
                     PollFlags::POLLOUT
                 } else {
                     PollFlags::empty()
                 };
-                let is_heard = up.out.len() - up.written < HEAR_LIMIT;
+                let is_heard = up.out.len() < HEAR_LIMIT;
                 let hear = if is_heard {
                     PollFlags::POLLIN
                 } else {
@@ -198,8 +198,7 @@ impl Link {
         self.state = State::Up(Box::new(Up {
             fd,
             decoder: Decoder::new(),
-            out: Vec::new(),
-            written: 0,
+            out: Queue::default(),
             welcome_by: Some(now + WELCOME_LIMIT),
             heard_at: now,
             silence: None,
@@ -232,40 +231,44 @@ impl Link {
 
     /// Whether another message may be queued.
     pub(crate) fn has_room(&self) -> bool {
-        matches!(&self.state, State::Up(up) if up.out.len() - up.written < OUT_LIMIT)
+        matches!(&self.state, State::Up(up) if up.out.len() < OUT_LIMIT)
     }
 
     /// Whether a channel may queue another message.
     pub(crate) fn has_room_for_channels(&self) -> bool {
-        matches!(&self.state, State::Up(up) if up.out.len() - up.written < CHANNELS_LIMIT)
+        matches!(&self.state, State::Up(up) if up.out.len() < CHANNELS_LIMIT)
     }
 
     /// Whether the socket took everything that was queued.
     pub(crate) fn is_flushed(&self) -> bool {
-        !matches!(&self.state, State::Up(up) if up.written < up.out.len())
+        !matches!(&self.state, State::Up(up) if up.out.len() > 0)
     }
 
     /// Queues a message; without a connection it is dropped, because every connection starts with the whole truth.
     pub(crate) fn queue(&mut self, message: &GuestMessage) {
         if let State::Up(up) = &mut self.state {
-            frame::encode(message, &mut up.out);
+            up.out.push(message);
+        }
+    }
+
+    /// Queues a record of output.
+    pub(crate) fn queue_log(&mut self, log: &Offer<'_>) {
+        if let State::Up(up) = &mut self.state {
+            up.out.push_log(log);
         }
     }
 
     /// Writes what the socket takes.
     pub(crate) fn flush(&mut self) -> Result<(), LinkError> {
         let State::Up(up) = &mut self.state else { return Ok(()) };
-        while up.written < up.out.len() {
-            match nix::unistd::write(&up.fd, &up.out[up.written..]) {
+        while up.out.len() > 0 {
+            match up.out.write_to(&up.fd) {
                 Ok(0) => return Err(LinkError::Closed),
-                Ok(count) => up.written += count,
+                Ok(_) | Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }
-        up.out.drain(..up.written);
-        up.written = 0;
         Ok(())
     }
 
@@ -273,10 +276,9 @@ impl Link {
     /// never starves the other.
     pub(crate) fn read(&mut self) -> Result<(), LinkError> {
         let State::Up(up) = &mut self.state else { return Ok(()) };
-        match sys::read_some(&up.fd, READ_SIZE) {
-            Ok(bytes) if bytes.is_empty() => Err(LinkError::Closed),
-            Ok(bytes) => {
-                up.decoder.push(&bytes);
+        match sys::read_into(&up.fd, up.decoder.room(READ_SIZE)) {
+            Ok(0) => Err(LinkError::Closed),
+            Ok(_) => {
                 up.heard_at = Instant::now();
                 Ok(())
             }

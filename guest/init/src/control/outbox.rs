@@ -8,7 +8,8 @@
 //! what it has twice.
 //! Invariant: kept bytes never exceed the window, and records never exceed [`MAX_RECORDS`].
 
-use far_proto::guest::{GuestMessage, Log, Stream, guest_message::Kind};
+use bytes::Bytes;
+use far_proto::guest::Stream;
 use std::collections::VecDeque;
 
 /// Longest data of one record, bytes (the contract's limit).
@@ -57,7 +58,7 @@ pub(crate) enum OutboxError {
 struct Record {
     seq: u64,
     time_unix_ns: u64,
-    data: Vec<u8>,
+    data: Bytes,
 }
 
 #[derive(Default)]
@@ -73,13 +74,16 @@ struct Backlog {
 }
 
 impl Backlog {
-    fn push(&mut self, data: Vec<u8>, time_unix_ns: u64) {
+    fn push(&mut self, data: Bytes, time_unix_ns: u64) {
         self.bytes += data.len();
         if let Some(tail) = self.records.back_mut()
             && tail.seq > self.offered
             && tail.data.len() + data.len() <= MAX_RECORD
         {
-            tail.data.extend_from_slice(&data);
+            // Nobody else holds it yet: nothing is copied but what is new.
+            let mut joined = Vec::from(std::mem::take(&mut tail.data));
+            joined.extend_from_slice(&data);
+            tail.data = joined.into();
             return;
         }
         self.last += 1;
@@ -104,14 +108,22 @@ impl Backlog {
         Ok(())
     }
 
-    fn next(&mut self) -> Option<&mut Record> {
+    fn next(&mut self) -> Option<&Record> {
         let first = self.records.front()?.seq;
         let wanted = (self.sent + 1).max(first);
-        let record = self.records.get_mut(usize::try_from(wanted - first).ok()?)?;
+        let record = self.records.get(usize::try_from(wanted - first).ok()?)?;
         self.sent = record.seq;
         self.offered = self.offered.max(record.seq);
         Some(record)
     }
+}
+
+/// A record on its way: the data is sent from where it is kept.
+pub(crate) struct Offer<'a> {
+    pub(crate) stream: Stream,
+    pub(crate) seq: u64,
+    pub(crate) time_unix_ns: u64,
+    pub(crate) data: &'a Bytes,
 }
 
 /// Both streams and their window.
@@ -138,9 +150,12 @@ impl Outbox {
         }
     }
 
-    /// Keeps what was read: 1 byte to [`MAX_RECORD`], at most [`Self::room`].
-    pub(crate) fn push(&mut self, channel: Channel, data: Vec<u8>, time_unix_ns: u64) {
-        self.streams[channel as usize].push(data, time_unix_ns);
+    /// Keeps what was read, 1 byte to [`Self::room`], as records that share its buffer.
+    pub(crate) fn push(&mut self, channel: Channel, mut data: Bytes, time_unix_ns: u64) {
+        while !data.is_empty() {
+            let record = data.split_to(data.len().min(MAX_RECORD));
+            self.streams[channel as usize].push(record, time_unix_ns);
+        }
     }
 
     /// A new connection: the host has stored everything up to these numbers.
@@ -159,24 +174,15 @@ impl Outbox {
         self.streams[channel as usize].forget(seq)
     }
 
-    /// Lends the next record for this connection to `say`, as a message; `false`: there is none. The data is not copied.
-    pub(crate) fn offer(&mut self, channel: Channel, say: impl FnOnce(&GuestMessage)) -> bool {
-        let Some(record) = self.streams[channel as usize].next() else {
-            return false;
-        };
-        let mut message = GuestMessage {
-            kind: Some(Kind::Log(Log {
-                stream: channel.stream() as i32,
-                seq: record.seq,
-                data: std::mem::take(&mut record.data),
-                time_unix_ns: record.time_unix_ns,
-            })),
-        };
-        say(&message);
-        if let Some(Kind::Log(log)) = &mut message.kind {
-            record.data = std::mem::take(&mut log.data);
-        }
-        true
+    /// The next record for this connection.
+    pub(crate) fn next(&mut self, channel: Channel) -> Option<Offer<'_>> {
+        let record = self.streams[channel as usize].next()?;
+        Some(Offer {
+            stream: channel.stream(),
+            seq: record.seq,
+            time_unix_ns: record.time_unix_ns,
+            data: &record.data,
+        })
     }
 
     /// Last number of both streams.
@@ -197,30 +203,50 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[derive(Debug, PartialEq)]
+    struct Log {
+        seq: u64,
+        data: Vec<u8>,
+    }
+
     impl Outbox {
-        fn next(&mut self, channel: Channel) -> Option<Log> {
-            let mut lent = None;
-            self.offer(channel, |message| lent = Some(message.clone()));
-            match lent?.kind? {
-                Kind::Log(log) => Some(log),
-                other => panic!("not a log: {other:?}"),
-            }
+        fn give(&mut self, channel: Channel) -> Option<Log> {
+            self.next(channel).map(|offer| Log {
+                seq: offer.seq,
+                data: offer.data.to_vec(),
+            })
         }
     }
 
     #[test]
     fn records_are_numbered_from_one_and_sent_once_per_connection() {
         let mut outbox = Outbox::new();
-        outbox.push(Channel::Stdout, b"a".to_vec(), 1);
-        assert_eq!(outbox.next(Channel::Stdout).unwrap().seq, 1);
-        outbox.push(Channel::Stdout, b"b".to_vec(), 2);
-        assert_eq!(outbox.next(Channel::Stdout).unwrap().seq, 2);
-        assert_eq!(outbox.next(Channel::Stdout), None);
-        assert_eq!(outbox.next(Channel::Stderr), None);
+        outbox.push(Channel::Stdout, Bytes::from_static(b"a"), 1);
+        assert_eq!(outbox.give(Channel::Stdout).unwrap().seq, 1);
+        outbox.push(Channel::Stdout, Bytes::from_static(b"b"), 2);
+        assert_eq!(outbox.give(Channel::Stdout).unwrap().seq, 2);
+        assert_eq!(outbox.give(Channel::Stdout), None);
+        assert_eq!(outbox.give(Channel::Stderr), None);
         assert!(outbox.all_sent());
         outbox.resume([1, 0], 0).unwrap();
         assert!(!outbox.all_sent());
-        assert_eq!(outbox.next(Channel::Stdout).unwrap().data, b"b");
+        assert_eq!(outbox.give(Channel::Stdout).unwrap().data, b"b");
+    }
+
+    #[test]
+    fn what_is_read_at_once_becomes_records_of_at_most_64_kib_without_a_copy() {
+        let mut outbox = Outbox::new();
+        outbox.resume([0, 0], 1 << 20).unwrap();
+        let data = Bytes::from(vec![7; 2 * MAX_RECORD + 1]);
+        outbox.push(Channel::Stdout, data.clone(), 1);
+        let mut at = 0;
+        for (seq, length) in [(1, MAX_RECORD), (2, MAX_RECORD), (3, 1)] {
+            let record = outbox.next(Channel::Stdout).unwrap();
+            assert_eq!((record.seq, record.data.len()), (seq, length));
+            assert_eq!(record.data.as_ptr(), data[at..].as_ptr());
+            at += length;
+        }
+        assert!(outbox.next(Channel::Stdout).is_none());
     }
 
     #[test]
@@ -228,10 +254,10 @@ mod tests {
         let mut outbox = Outbox::new();
         outbox.resume([0, 0], 1).unwrap();
         assert_eq!(outbox.room(Channel::Stdout), 4096, "never below the contract's lowest");
-        outbox.push(Channel::Stdout, vec![0; 4096], 0);
+        outbox.push(Channel::Stdout, vec![0; 4096].into(), 0);
         assert_eq!(outbox.room(Channel::Stdout), 0);
         assert_eq!(outbox.room(Channel::Stderr), 4096, "the other stream has its own");
-        outbox.next(Channel::Stdout).unwrap();
+        outbox.give(Channel::Stdout).unwrap();
         outbox.acknowledge(1, 1).unwrap();
         assert_eq!(outbox.room(Channel::Stdout), 4096);
     }
@@ -240,8 +266,8 @@ mod tests {
     fn single_bytes_cannot_pile_up_without_bound() {
         let mut outbox = Outbox::new();
         while outbox.room(Channel::Stderr) > 0 {
-            outbox.push(Channel::Stderr, b"x".to_vec(), 0);
-            outbox.next(Channel::Stderr);
+            outbox.push(Channel::Stderr, Bytes::from_static(b"x"), 0);
+            outbox.give(Channel::Stderr);
         }
         assert_eq!(outbox.last(), [0, MAX_RECORDS as u64]);
     }
@@ -249,7 +275,7 @@ mod tests {
     #[test]
     fn a_host_that_is_ahead_or_names_no_stream_is_an_error() {
         let mut outbox = Outbox::new();
-        outbox.push(Channel::Stdout, b"never sent".to_vec(), 0);
+        outbox.push(Channel::Stdout, Bytes::from_static(b"never sent"), 0);
         assert_eq!(
             outbox.acknowledge(1, 1),
             Err(OutboxError::Ahead { stored: 1, written: 0 })
@@ -282,10 +308,10 @@ mod tests {
                         let data: Vec<u8> = (0..size.min(outbox.room(Channel::Stdout))).map(|n| (written.len() + n) as u8).collect();
                         if !data.is_empty() {
                             written.extend_from_slice(&data);
-                            outbox.push(Channel::Stdout, data, 0);
+                            outbox.push(Channel::Stdout, data.into(), 0);
                         }
                     }
-                    1 => in_flight.extend(outbox.next(Channel::Stdout)),
+                    1 => in_flight.extend(outbox.give(Channel::Stdout)),
                     2 => if let Some(log) = in_flight.pop_front() { store(log, &mut stored_seq) },
                     3 => outbox.acknowledge(1, stored_seq).unwrap(),
                     _ => {
@@ -296,7 +322,7 @@ mod tests {
                 prop_assert!(outbox.streams[0].bytes <= DEFAULT_WINDOW);
             }
             in_flight.into_iter().for_each(|log| store(log, &mut stored_seq));
-            while let Some(log) = outbox.next(Channel::Stdout) {
+            while let Some(log) = outbox.give(Channel::Stdout) {
                 store(log, &mut stored_seq);
             }
             prop_assert!(outbox.all_sent());

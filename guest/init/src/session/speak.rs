@@ -5,6 +5,7 @@ use crate::{
     boot,
     cgroup::{self, Cgroup},
     control::outbox::Channel,
+    sys,
 };
 use far_proto::{
     frame::GENERATION,
@@ -48,6 +49,8 @@ impl Session<'_> {
             .filter(|beat| beat.next <= now && self.link.has_room())
         {
             let heartbeat = self.heartbeat();
+            // What a burst of output took is not held for ever.
+            sys::trim_memory();
             self.link.queue(&message(Say::Heartbeat(heartbeat)));
             self.said.heartbeat = Some(Beat {
                 next: now + beat.every,
@@ -59,8 +62,8 @@ impl Session<'_> {
             if silent == Channel::BOTH.len() || !self.link.has_room() {
                 break;
             }
-            let link = &mut self.link;
-            if self.outbox.offer(channel, |log| link.queue(log)) {
+            if let Some(log) = self.outbox.next(channel) {
+                self.link.queue_log(&log);
                 silent = 0;
                 spoke = true;
             } else {

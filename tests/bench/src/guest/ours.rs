@@ -1,9 +1,9 @@
-//! far-init as PID 1 of its own namespaces, with this program as its blade.
+//! far-init as PID 1 of its own namespaces, with this program as its blade: it reads, decodes and acknowledges as far-node
+//! does, on one thread of tokio as the peer's end has it.
 
 use std::{
     fs,
-    io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::net::UnixListener,
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -11,27 +11,33 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use far_proto::{
-    frame::{self, Decoder},
+    frame::{self, ACK_BYTES, ACK_RECORDS, Decoder},
     guest::{
-        Config, Exec, ExitAck, GuestMessage, HostMessage, LogAck, SetTime, Shutdown, Start, Welcome,
+        Config, Exec, ExitAck, GuestMessage, HostMessage, LogAck, SetTime, Shutdown, Start, Stream, Welcome,
         guest_message::Kind as Said, host_message::Kind,
     },
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    runtime::Runtime,
 };
 
 use super::{calls_in, child_of, cpu_of, own_cpu, program, resident_of};
 
 /// far-node's window.
 const WINDOW: u32 = 512 << 10;
+/// As much as far-node reads at once, bytes.
+const READ_STEP: usize = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A running payload under far-init.
 pub(crate) struct Guest {
     _folder: tempfile::TempDir,
     unshare: Child,
-    stream: UnixStream,
-    decoder: Decoder,
-    /// As far-node has one per connection.
-    buffer: Vec<u8>,
+    runtime: Runtime,
+    line: Line,
     payload: u32,
 }
 
@@ -61,13 +67,17 @@ impl Guest {
             .spawn()
             .context("unshare")?;
         let (stream, _) = listener.accept()?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let stream = runtime.block_on(async { UnixStream::from_std(stream) })?;
         let mut guest = Self {
             _folder: folder,
             unshare,
-            stream,
-            decoder: Decoder::new(),
-            buffer: vec![0; 256 << 10],
+            runtime,
+            line: Line {
+                stream,
+                decoder: Decoder::new(),
+            },
             payload: 0,
         };
         ensure!(matches!(guest.next()?, Said::Hello(_)), "the first word is not Hello");
@@ -91,30 +101,11 @@ impl Guest {
     }
 
     fn next(&mut self) -> Result<Said> {
-        loop {
-            if let Some(message) = self.decoder.next::<GuestMessage>()? {
-                return message.kind.context("a message without kind");
-            }
-            let got = self
-                .stream
-                .read(&mut self.buffer)
-                .context("reading the control stream")?;
-            ensure!(got > 0, "the guest hung up");
-            self.decoder.push(&self.buffer[..got]);
-        }
+        self.runtime.block_on(self.line.next())
     }
 
     fn send(&mut self, kinds: &[Kind]) -> Result<()> {
-        let mut wire = Vec::new();
-        for kind in kinds {
-            frame::encode(
-                &HostMessage {
-                    kind: Some(kind.clone()),
-                },
-                &mut wire,
-            );
-        }
-        self.stream.write_all(&wire).context("writing the control stream")
+        self.runtime.block_on(self.line.send(kinds))
     }
 
     /// far-init's process as this machine counts.
@@ -124,34 +115,25 @@ impl Guest {
 
     /// Takes all output to the exit; tells its bytes.
     fn drain(&mut self) -> Result<u64> {
-        let mut bytes = 0;
-        loop {
-            match self.next()? {
-                Said::Log(log) => {
-                    bytes += log.data.len() as u64;
-                    self.send(&[Kind::LogAck(LogAck {
-                        stream: log.stream,
-                        seq: log.seq,
-                    })])?;
-                }
-                Said::Exit(_) => return Ok(bytes),
-                _ => {}
-            }
-        }
+        self.runtime.block_on(self.line.drain())
     }
 
     /// CPU seconds of both ends for calls that are answered one by one.
     pub(crate) fn calls(&mut self, count: u64) -> Result<f64> {
         let init = self.init()?;
         let before = own_cpu()? + cpu_of(init)?;
-        for id in 1..=count {
-            // Outside a guest its answer is a refusal: the same message.
-            self.send(&[Kind::SetTime(SetTime { id, unix_ns: 1 })])?;
-            ensure!(
-                matches!(self.next()?, Said::Done(done) if done.id == id),
-                "another answer"
-            );
-        }
+        let line = &mut self.line;
+        self.runtime.block_on(async {
+            for id in 1..=count {
+                // Outside a guest its answer is a refusal: the same message.
+                line.send(&[Kind::SetTime(SetTime { id, unix_ns: 1 })]).await?;
+                ensure!(
+                    matches!(line.next().await?, Said::Done(done) if done.id == id),
+                    "another answer"
+                );
+            }
+            Ok(())
+        })?;
         Ok(own_cpu()? + cpu_of(init)? - before)
     }
 
@@ -169,6 +151,71 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
+    }
+}
+
+/// The control stream.
+struct Line {
+    stream: UnixStream,
+    decoder: Decoder,
+}
+
+impl Line {
+    async fn next(&mut self) -> Result<Said> {
+        loop {
+            if let Some(message) = self.decoder.next::<GuestMessage>()? {
+                return message.kind.context("a message without kind");
+            }
+            self.read().await?;
+        }
+    }
+
+    async fn read(&mut self) -> Result<()> {
+        let reading = self.stream.read_buf(self.decoder.room(READ_STEP));
+        let got = tokio::time::timeout(PATIENCE, reading)
+            .await
+            .context("the guest is silent")??;
+        ensure!(got > 0, "the guest hung up");
+        Ok(())
+    }
+
+    async fn send(&mut self, kinds: &[Kind]) -> Result<()> {
+        let mut wire = Vec::new();
+        for kind in kinds {
+            frame::encode(
+                &HostMessage {
+                    kind: Some(kind.clone()),
+                },
+                &mut wire,
+            );
+        }
+        self.stream.write_all(&wire).await.context("writing the control stream")
+    }
+
+    /// Acknowledges as far-node does, which stores between read and answer.
+    async fn drain(&mut self) -> Result<u64> {
+        let (mut bytes, mut unanswered) = (0, (0, 0));
+        let mut stored = [None; 2];
+        loop {
+            while let Some(message) = self.decoder.next::<GuestMessage>()? {
+                match message.kind.context("a message without kind")? {
+                    Said::Log(log) => {
+                        bytes += log.data.len() as u64;
+                        unanswered = (unanswered.0 + log.data.len(), unanswered.1 + 1);
+                        stored[usize::from(log.stream() == Stream::Stderr)] = Some((log.stream, log.seq));
+                    }
+                    Said::Exit(_) => return Ok(bytes),
+                    _ => {}
+                }
+            }
+            if unanswered.0 >= ACK_BYTES || unanswered.1 >= ACK_RECORDS {
+                unanswered = (0, 0);
+                let acks = std::mem::take(&mut stored).into_iter().flatten();
+                let acks: Vec<Kind> = acks.map(|(stream, seq)| Kind::LogAck(LogAck { stream, seq })).collect();
+                self.send(&acks).await?;
+            }
+            self.read().await?;
+        }
     }
 }
 
