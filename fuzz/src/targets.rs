@@ -1,6 +1,4 @@
 //! What is fuzzed: each target takes any bytes, and may not panic, hang or take memory without bound.
-//!
-//! There is no CONNECT/OK parser on our side: guests dial, and far-node only listens on `uds_PORT` sockets.
 
 use far_proto::{
     frame::{self, Decoder},
@@ -10,18 +8,20 @@ use far_vmm::{
     VmConfig,
     additions::Additions,
     backend::qemu::{Accelerator, boot_args},
+    vsock,
 };
 use prost::Message;
 
 /// A target's name and its function.
 pub(crate) type Target = (&'static str, fn(&[u8]));
 
-pub(crate) const TARGETS: [Target; 5] = [
+pub(crate) const TARGETS: [Target; 6] = [
     ("frame", frames),
     ("run-config", run_config),
     ("vm-config", vm_config),
     ("users", users),
     ("flintlock", far_init::hostile::flintlock),
+    ("vsock-answer", vsock_answer),
 ];
 
 /// The control stream, in pieces whose size the first byte says, as both sides read it.
@@ -77,6 +77,21 @@ fn vm_config(bytes: &[u8]) {
     ] {
         let line = boot_args(&config, accelerator);
         assert!(!line.contains(['\n', '\0']), "a command line of more than one line");
+    }
+}
+
+/// What a vsock device answers to CONNECT. Whatever is taken is one exact line, every beginning of it was waited for, and what
+/// is waited for still fits into the longest line.
+fn vsock_answer(bytes: &[u8]) {
+    match vsock::parse_answer(bytes) {
+        Ok(Some((number, length))) => {
+            assert_eq!(&bytes[..length], format!("OK {number}\n").as_bytes());
+            for end in 0..length {
+                assert_eq!(vsock::parse_answer(&bytes[..end]), Ok(None));
+            }
+        }
+        Ok(None) => assert!(bytes.len() < vsock::MAX_ANSWER),
+        Err(vsock::NotOk) => {}
     }
 }
 

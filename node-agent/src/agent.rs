@@ -36,6 +36,7 @@ use crate::{
     names::{AttemptKey, VmId},
     nics::Nics,
     outcome::{Alarm, Forced, VmmEnd, decide_end, millis, next_alarm},
+    pulse::Pulse,
     record::{EndReason, ExitReport, Fact, Misfit, Record, Resources, Spawn, StopOrder, UnixMs},
     spec::{Identity, Spec},
 };
@@ -175,8 +176,7 @@ pub(crate) struct AgentTask {
     killed_at: Option<UnixMs>,
     /// When this far-node took over a VM that an earlier one spawned.
     adopted_at: Option<UnixMs>,
-    last_heartbeat: Option<UnixMs>,
-    heartbeat_stale: bool,
+    pulse: Pulse,
 }
 
 impl AgentTask {
@@ -190,6 +190,7 @@ impl AgentTask {
     ) -> Self {
         let may_have_started = record.spawn.is_some() && !record.start_on_claim;
         let (tell, told) = mpsc::channel(64);
+        let pulse = Pulse::new(blade.host.clone(), record.vm_id.clone(), blade.limits.heartbeat);
         Self {
             blade,
             record,
@@ -208,8 +209,7 @@ impl AgentTask {
             forced: None,
             killed_at: None,
             adopted_at: None,
-            last_heartbeat: None,
-            heartbeat_stale: false,
+            pulse,
         }
     }
 
@@ -403,10 +403,11 @@ impl AgentTask {
         if self.record.stop.is_some() && self.record.started_at.is_none() {
             self.kill().await;
         }
-        self.last_heartbeat = self.record.booted_at.map(|_| blade.clock.now());
+        if self.record.booted_at.is_some() {
+            self.note_heartbeat();
+        }
         loop {
             let alarm = self.next_alarm();
-            let stale_at = self.stale_at();
             // Biased: what already happened comes before what is still asked. Every branch is cancel-safe.
             tokio::select! {
                 biased;
@@ -427,7 +428,7 @@ impl AgentTask {
                         self.on_alarm(alarm).await;
                     }
                 }
-                () = blade.clock.until(stale_at) => self.set_stale(true),
+                () = self.pulse.changed(&blade.clock) => self.tell_heartbeat(),
                 () = tokio::time::sleep(BIND_AGAIN), if listener.is_none() => listener = self.bind(),
             }
         }
@@ -698,24 +699,14 @@ impl AgentTask {
     }
 
     fn note_heartbeat(&mut self) {
-        self.last_heartbeat = Some(self.blade.clock.now());
-        if self.heartbeat_stale {
-            self.set_stale(false);
+        if self.pulse.beat(self.blade.clock.now()) {
+            self.tell_heartbeat();
         }
     }
 
-    fn stale_at(&self) -> Option<UnixMs> {
-        let is_watched = !self.heartbeat_stale && !self.blade.limits.heartbeat.is_zero();
-        self.last_heartbeat
-            .filter(|_| is_watched)
-            .map(|at| at + millis(self.blade.limits.heartbeat) * 3)
-    }
-
-    fn set_stale(&mut self, stale: bool) {
-        self.heartbeat_stale = stale;
-        self.blade
-            .board
-            .publish(self.record.clone(), stale, &self.signal.subscribe());
+    fn tell_heartbeat(&self) {
+        let (record, log) = (self.record.clone(), self.signal.subscribe());
+        self.blade.board.publish(record, self.pulse.state(), &log);
     }
 
     // ---- the end ----
@@ -790,10 +781,10 @@ impl AgentTask {
     async fn keep(&mut self, record: Arc<Record>) {
         loop {
             let (blade, written) = (self.blade.clone(), record.clone());
-            let (stale, log) = (self.heartbeat_stale, self.signal.subscribe());
+            let (heartbeat, log) = (self.pulse.state(), self.signal.subscribe());
             let work = move || {
                 blade.ledger.write(&written)?;
-                blade.board.publish(written, stale, &log);
+                blade.board.publish(written, heartbeat, &log);
                 Ok::<_, crate::ledger::LedgerError>(())
             };
             match tokio::task::spawn_blocking(work).await {

@@ -8,6 +8,7 @@ use crate::{
     files::{read_if_there, write_atomic},
     log_sink::LogSignal,
     names::AttemptKey,
+    pulse::Heartbeat,
     record::Record,
 };
 use std::{
@@ -30,8 +31,8 @@ pub struct Entry {
     pub record: Arc<Record>,
     /// Number of its last change.
     pub seq: u64,
-    /// The last heartbeat is old. A sign only.
-    pub heartbeat_stale: bool,
+    /// A sign only.
+    pub heartbeat: Heartbeat,
     /// Signal of its log.
     pub log: watch::Receiver<LogSignal>,
 }
@@ -92,7 +93,7 @@ impl Board {
     }
 
     /// Tells a change. Blocking once in a thousand.
-    pub(crate) fn publish(&self, record: Arc<Record>, heartbeat_stale: bool, log: &watch::Receiver<LogSignal>) {
+    pub(crate) fn publish(&self, record: Arc<Record>, heartbeat: Heartbeat, log: &watch::Receiver<LogSignal>) {
         let mut inner = self.locked();
         if inner.seq >= inner.ceiling {
             let ceiling = inner.seq + BLOCK;
@@ -107,7 +108,7 @@ impl Board {
         let entry = Entry {
             record,
             seq: inner.seq,
-            heartbeat_stale,
+            heartbeat,
             log: log.clone(),
         };
         inner.entries.insert(key, entry.clone());
@@ -159,7 +160,11 @@ mod tests {
     use crate::record::tests::fresh;
 
     fn publish(board: &Board) -> u64 {
-        board.publish(Arc::new(fresh()), false, &watch::channel(LogSignal::default()).1);
+        board.publish(
+            Arc::new(fresh()),
+            Heartbeat::Regular,
+            &watch::channel(LogSignal::default()).1,
+        );
         board.entry(&fresh().identity.key).unwrap().seq
     }
 

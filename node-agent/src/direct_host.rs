@@ -9,6 +9,7 @@ use crate::{
     names::VmId,
     nics::{Attachment, Nics, NoNic},
     outcome::{MAX_MESSAGE, VmmEnd, clean_text},
+    pulse::Pinged,
     record::Resources,
 };
 use far_vmm::{
@@ -269,6 +270,27 @@ impl VmHost for DirectHost {
                     ));
                 }
                 sleep(LOOK).await;
+            }
+        }
+        .boxed()
+    }
+
+    fn ping(&self, vm: &VmId) -> BoxFuture<'static, Pinged> {
+        let socket = self.folder(vm).join("v.sock");
+        // Not killed when nobody waits any more: hanging up on a guest that stands still would cost it its vsock.
+        let asking = tokio::process::Command::new(&self.options.far_vmm)
+            .arg("--ping")
+            .arg(socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        async move {
+            let asked = async { asking?.wait_with_output().await }.await;
+            let answer = asked.map_err(|error| format!("it could not be asked: {error}"))?;
+            match answer.status.success() {
+                true => Ok(()),
+                false => Err(String::from_utf8_lossy(&answer.stdout).trim().to_owned()),
             }
         }
         .boxed()

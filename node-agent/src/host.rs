@@ -2,7 +2,7 @@
 //!
 //! The real ones are [`crate::direct_host`] (far-vmm) and [`crate::store`] (far-images); tests have theirs in memory.
 
-use crate::{names::VmId, nics::Nic, outcome::VmmEnd, record::Resources};
+use crate::{names::VmId, nics::Nic, outcome::VmmEnd, pulse::Pinged, record::Resources};
 use futures::future::BoxFuture;
 use std::{
     collections::BTreeSet,
@@ -83,6 +83,8 @@ pub trait VmHost: Debug + Send + Sync + 'static {
     fn ended(&self, vm: &VmId) -> BoxFuture<'static, VmmEnd>;
     /// Ends the VMM by force; [`VmHost::ended`] tells when it is done.
     fn kill<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, ()>;
+    /// Asks the guest's agent whether it lives. Takes as long as the guest does, and the question outlives the future.
+    fn ping(&self, vm: &VmId) -> BoxFuture<'static, Pinged>;
     /// CPU time of the VMM and its helpers so far, microseconds; 0: not known.
     fn cpu_us<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, u64>;
     /// Ends what still runs of the VM and removes its folder.

@@ -23,6 +23,7 @@ pub mod names;
 pub mod nics;
 pub mod node;
 pub mod outcome;
+pub mod pulse;
 pub mod record;
 mod remote;
 mod sparing;

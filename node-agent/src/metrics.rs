@@ -230,7 +230,7 @@ impl Metrics {
         let mut pressure = [0; 3];
         let now = blade.clock.now();
         for entry in entries.iter().filter(|entry| !entry.record.is_ended()) {
-            stale += u64::from(entry.heartbeat_stale);
+            stale += u64::from(entry.heartbeat.is_stale());
             let Some(beat) = blade.guests.beat(&entry.record.identity.key) else {
                 continue;
             };

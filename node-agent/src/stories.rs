@@ -5,4 +5,5 @@ pub(crate) mod doubles;
 mod hostile;
 mod inside;
 mod life;
+mod pulse;
 mod restart;

@@ -10,6 +10,7 @@ use crate::{
     ledger::{LedgerError, Loaded, is_tombstone_over},
     log_sink::LogSignal,
     names::{AttemptKey, VmId},
+    pulse::Heartbeat,
     record::{End, EndReason, Fact, Record},
     spec::{Identity, Spec},
 };
@@ -332,7 +333,9 @@ impl Actor {
             is_closed: record.is_ended(),
         })
         .0;
-        self.blade.board.publish(record.clone(), false, &signal.subscribe());
+        self.blade
+            .board
+            .publish(record.clone(), Heartbeat::Regular, &signal.subscribe());
         self.signals.insert(key, signal);
         if !record.is_ended() {
             self.spawn(record, spec, false);
@@ -589,7 +592,7 @@ impl Actor {
         let (blade, written, log) = (self.blade.clone(), record.clone(), signal.subscribe());
         run_blocking(move || {
             blade.ledger.write(&written)?;
-            blade.board.publish(written, false, &log);
+            blade.board.publish(written, Heartbeat::Regular, &log);
             Ok(())
         })
         .await?;

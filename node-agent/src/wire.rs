@@ -4,6 +4,8 @@ use crate::{
     board::Entry,
     host::StoredImage,
     logs::Stream,
+    outcome::{MAX_MESSAGE, clean_text},
+    pulse::Heartbeat,
     record::{End, EndReason, Phase, Record, Resources, UnixMs},
     spec::Identity,
 };
@@ -113,6 +115,14 @@ fn end(end: &End) -> wire::End {
 /// One attempt as it is told.
 pub(crate) fn agent_state(entry: &Entry) -> wire::AgentState {
     let record: &Record = &entry.record;
+    // Nothing is said of the heartbeats of an end.
+    let heartbeat = match record.is_ended() {
+        true => Heartbeat::Regular,
+        false => entry.heartbeat.clone(),
+    };
+    let note = heartbeat.note();
+    let said = [Some(record.message.clone()).filter(|text| !text.is_empty()), note];
+    let message: Vec<String> = said.into_iter().flatten().collect();
     wire::AgentState {
         identity: Some(identity(&record.identity)),
         phase: phase(record.phase).into(),
@@ -124,10 +134,14 @@ pub(crate) fn agent_state(entry: &Entry) -> wire::AgentState {
         started_at: record.started_at.map(timestamp),
         finished_at: record.finished_at.map(timestamp),
         end: record.end.as_ref().map(end),
-        message: record.message.clone(),
+        message: clean_text(&message.join("; "), MAX_MESSAGE),
         vm_id: record.vm_id.to_string(),
         vmm_cpu_us: record.vmm_cpu_us,
-        heartbeat_stale: entry.heartbeat_stale && !record.is_ended(),
+        heartbeat_stale: heartbeat.is_stale(),
+        answers_pings: match &heartbeat {
+            Heartbeat::Stale(Some(answer)) => Some(answer.is_ok()),
+            Heartbeat::Stale(None) | Heartbeat::Regular => None,
+        },
     }
 }
 

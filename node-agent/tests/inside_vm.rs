@@ -112,7 +112,7 @@ async fn running(test: &str, uid: &str) -> Option<Node> {
 #[tokio::test]
 async fn a_hundred_programs_in_turn_and_twenty_at_once_each_give_their_own_output() {
     let test = "a_hundred_programs_in_turn_and_twenty_at_once_each_give_their_own_output";
-    let Some(node) = running(test, "many").await else {
+    let Some(mut node) = running(test, "many").await else {
         return;
     };
     let client = node.inside().await;
@@ -126,7 +126,44 @@ async fn a_hundred_programs_in_turn_and_twenty_at_once_each_give_their_own_outpu
     }
     futures::future::join_all((0..20).map(one)).await;
     until_alone(&client, "many").await;
+    a_frozen_guest_answers_no_pings_until_it_goes_on(&mut node).await;
     node.stop().await;
+}
+
+/// Through the real vsock device. Questions that it could not answer in time harm nothing when it goes on, also where the
+/// far-node that asked them is gone.
+async fn a_frozen_guest_answers_no_pings_until_it_goes_on(node: &mut Node) {
+    let vm_id = node.until("many", |state| !state.heartbeat_stale).await.vm_id;
+    let socket = node.vm_folder(&vm_id).join("v.sock");
+    let pinged = tokio::time::timeout(LIMIT, far_vmm::vsock::ping(&socket)).await;
+    assert_eq!(pinged.expect("the guest answers"), Ok(()));
+    node.signal_vmm(&vm_id, "STOP").await;
+    let state = node.until("many", |state| state.answers_pings == Some(false)).await;
+    assert!(
+        state.heartbeat_stale && state.message.contains("answers no pings"),
+        "{}",
+        state.message
+    );
+    node.kill_and_restart().await;
+    node.until("many", |state| state.answers_pings == Some(false)).await;
+    node.signal_vmm(&vm_id, "CONT").await;
+    let state = node.until("many", |state| !state.heartbeat_stale).await;
+    assert_eq!((state.answers_pings, state.message.as_str()), (None, ""));
+    let client = node.inside().await;
+    let call = exec_once_connected(&client, "many", &["out=again", "exit=5"]).await;
+    assert_eq!(to_exit(call).await.unwrap(), ("again\n".to_owned(), How::Code(5)));
+}
+
+/// The guest dials again when it notices that its connection is gone: until then callers are told to try again.
+async fn exec_once_connected(client: &InsideClient<Channel>, uid: &str, steps: &[&str]) -> Call {
+    let begun = std::time::Instant::now();
+    loop {
+        match exec(client, uid, steps).await {
+            Ok(call) => return call,
+            Err(status) if status.code() == Code::Unavailable && begun.elapsed() < LIMIT => {}
+            Err(status) => panic!("{status}"),
+        }
+    }
 }
 
 #[tokio::test]
@@ -155,15 +192,7 @@ async fn a_killed_far_node_ends_programs_and_the_next_one_runs_new_ones() {
     node.kill_and_restart().await;
     assert!(to_exit(call).await.is_err(), "nothing is made up about its end");
     let client = node.inside().await;
-    // The guest dials again when it notices: until then callers are told to try again.
-    let begun = std::time::Instant::now();
-    let call = loop {
-        match exec(&client, "kept", &["out=again", "exit=5"]).await {
-            Ok(call) => break call,
-            Err(status) if status.code() == Code::Unavailable && begun.elapsed() < LIMIT => {}
-            Err(status) => panic!("{status}"),
-        }
-    };
+    let call = exec_once_connected(&client, "kept", &["out=again", "exit=5"]).await;
     assert_eq!(to_exit(call).await.unwrap(), ("again\n".to_owned(), How::Code(5)));
     until_alone(&client, "kept").await;
     node.stop().await;

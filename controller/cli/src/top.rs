@@ -116,7 +116,12 @@ fn rows(agents: &[AgentStats]) -> Vec<Vec<String>> {
             Some(age) => {
                 let used = one.memory_total_kib.saturating_sub(one.memory_available_kib);
                 let share = (used * 100).checked_div(one.memory_total_kib);
-                let stale = if one.heartbeat_stale { " (stale)" } else { "" };
+                let stale = match (one.heartbeat_stale, one.answers_pings) {
+                    (false, _) => "",
+                    (true, None) => " (stale)",
+                    (true, Some(true)) => " (stale, answers pings)",
+                    (true, Some(false)) => " (stale, silent)",
+                };
                 row.extend([
                     one.cpu_millis.map_or_else(|| "-".to_owned(), |cpu| format!("{cpu}m")),
                     format!("{}MiB", used / 1024),
@@ -157,6 +162,7 @@ fn as_json(one: &AgentStats) -> Value {
         "phase": if one.phase() == Phase::Stopping { "Stopping" } else { "Running" },
         "heartbeatAgeMs": one.heartbeat_age_ms,
         "heartbeatStale": one.heartbeat_stale,
+        "answersPings": one.answers_pings,
         "memoryTotalKib": one.memory_total_kib,
         "memoryAvailableKib": one.memory_available_kib,
         "payloadMemoryKib": one.payload_memory_kib,
@@ -192,8 +198,15 @@ mod tests {
             ..AgentStats::default()
         };
         assert_eq!(
-            rows(&[speaks])[1][2..],
+            rows(std::slice::from_ref(&speaks))[1][2..],
             ["-", "40MiB", "40%", "3", "-/12%/-", "1.2s (stale)"]
         );
+        for (answers, expected) in [(true, "1.2s (stale, answers pings)"), (false, "1.2s (stale, silent)")] {
+            let asked = AgentStats {
+                answers_pings: Some(answers),
+                ..speaks.clone()
+            };
+            assert_eq!(rows(&[asked])[1].last().unwrap(), expected);
+        }
     }
 }

@@ -14,6 +14,7 @@ use crate::{
     ledger::LedgerError,
     log_sink::LogSignal,
     outcome::Forced,
+    pulse::Heartbeat,
     record::{EndReason, Fact, Phase, Record},
     spec::{Identity, InvalidField, Spec},
 };
@@ -99,7 +100,7 @@ fn end_warm(blade: &Blade, mut warm: Record, at: u64, by: Identity) {
         is_closed: true,
     });
     let name = warm.name();
-    blade.board.publish(Arc::new(warm), false, &closed.1);
+    blade.board.publish(Arc::new(warm), Heartbeat::Regular, &closed.1);
     if let Err(error) = blade.ledger.remove_spec(&name) {
         tracing::warn!(vm.id = %name, %error, "the spec of a claimed attempt is left in the ledger");
     }

@@ -198,6 +198,7 @@ impl NodeApi {
             identity: state.identity,
             phase: state.phase,
             heartbeat_stale: state.heartbeat_stale,
+            answers_pings: state.answers_pings,
             channels: blade
                 .guests
                 .channels(key)

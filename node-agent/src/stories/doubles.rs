@@ -12,6 +12,7 @@ use crate::{
     logs::LogReader,
     names::{AttemptKey, VmId},
     outcome::VmmEnd,
+    pulse::Pinged,
     record::{End, Phase, Record, Resources},
     spec::{
         Identity, Spec, check_identity, check_spec,
@@ -135,6 +136,11 @@ impl VmHost for FakeHost {
     fn kill<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, ()> {
         self.end(vm, VmmEnd::Clean);
         async {}.boxed()
+    }
+
+    fn ping(&self, vm: &VmId) -> BoxFuture<'static, Pinged> {
+        let socket = self.folder(vm).join("v.sock");
+        async move { far_vmm::vsock::ping(&socket).await.map_err(|error| error.to_string()) }.boxed()
     }
 
     fn cpu_us<'a>(&'a self, _: &'a VmId) -> BoxFuture<'a, u64> {

@@ -277,7 +277,7 @@ async fn a_silent_guest_is_marked_and_not_ended() {
     node.until_phase(Phase::Running).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let entry = node.blade.board.entry(&key()).unwrap();
-    assert!(entry.heartbeat_stale && entry.record.phase == Phase::Running);
+    assert!(entry.heartbeat.is_stale() && entry.record.phase == Phase::Running);
     guest
         .send(far_proto::guest::guest_message::Kind::Heartbeat(
             far_proto::guest::Heartbeat {
@@ -287,7 +287,7 @@ async fn a_silent_guest_is_marked_and_not_ended() {
         ))
         .await;
     node.until(|record| record.phase == Phase::Running).await;
-    while node.blade.board.entry(&key()).unwrap().heartbeat_stale {
+    while node.blade.board.entry(&key()).unwrap().heartbeat.is_stale() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

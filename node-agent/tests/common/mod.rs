@@ -466,9 +466,14 @@ impl Node {
             .unwrap_or_else(|_| panic!("no {program} came\n{}", self.report()));
     }
 
+    /// Where a VM's sockets are.
+    pub(crate) fn vm_folder(&self, vm_id: &str) -> PathBuf {
+        self.at("run").join("vm").join(vm_id)
+    }
+
     /// Sends the VMM a signal by name.
     pub(crate) async fn signal_vmm(&self, vm_id: &str, signal: &str) {
-        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
+        let socket = self.vm_folder(vm_id).join("vmm.sock");
         let status = far_vmm::control::AsyncClient::new(socket).status().await.unwrap();
         let pid = status.vmm_pid.expect("the VMM runs").to_string();
         let sent = Command::new("kill").args([&format!("-{signal}"), &pid]).status();
@@ -476,7 +481,7 @@ impl Node {
     }
 
     async fn vmm_status(&self, vm_id: &str) -> far_vmm::control::Status {
-        let socket = self.at("run").join("vm").join(vm_id).join("vmm.sock");
+        let socket = self.vm_folder(vm_id).join("vmm.sock");
         far_vmm::control::AsyncClient::new(socket).status().await.unwrap()
     }
 

@@ -14,6 +14,7 @@ pub mod probe;
 pub mod pvh;
 pub mod run;
 pub mod sys;
+pub mod vsock;
 
 mod command;
 mod console;

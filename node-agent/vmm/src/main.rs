@@ -7,8 +7,13 @@ use clap::Parser;
 use far_vmm::{
     probe,
     run::{self, Job, RunError},
+    vsock,
 };
-use std::{path::PathBuf, process::exit};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::exit,
+};
 
 /// Firecracker's own code for a bad configuration.
 const BAD_CONFIGURATION: i32 = 152;
@@ -28,7 +33,7 @@ struct Args {
     #[arg(long, default_value = "anonymous-instance")]
     id: String,
     /// The VM's description in Firecracker's JSON; far.json is looked for beside it
-    #[arg(long, required_unless_present = "probe")]
+    #[arg(long, required_unless_present_any = ["probe", "ping"])]
     config_file: Option<PathBuf>,
     /// Content of Firecracker's metadata service (firecracker only)
     #[arg(long)]
@@ -45,6 +50,10 @@ struct Args {
     /// Print as JSON what this machine can do for microVMs, and end
     #[arg(long, conflicts_with = "config_file")]
     probe: bool,
+    /// Ping the guest behind this vsock socket on port 1024, however long it takes; print why it did not answer, and end with 0
+    /// if it did
+    #[arg(long, value_name = "UDS_PATH", conflicts_with_all = ["config_file", "probe"])]
+    ping: Option<PathBuf>,
 }
 
 fn main() {
@@ -60,6 +69,10 @@ fn main() {
             serde_json::to_string_pretty(&found).expect("plain data has a JSON form")
         );
         return;
+    }
+    if let Some(uds_path) = args.ping {
+        stand_alone();
+        exit(ping(&uds_path));
     }
     let Some(config_file) = args.config_file else {
         exit(BAD_ARGUMENTS)
@@ -88,6 +101,19 @@ fn main() {
             RunError::Setup { .. } => 1,
         }
     }));
+}
+
+/// Answers the exit code. Whoever asked may be gone: then nobody reads why.
+fn ping(uds_path: &Path) -> i32 {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+    let pinged = runtime.map(|runtime| runtime.block_on(vsock::ping(uds_path)));
+    let why = match pinged {
+        Ok(Ok(())) => return 0,
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let _ = writeln!(std::io::stdout(), "{why}");
+    1
 }
 
 /// Own session, so that what ends the parent's does not end the VM; private files; no core dump of a guest's memory.
