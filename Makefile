@@ -40,7 +40,7 @@ bench-net: ## Measure the guests' network against ip, nft and CNI plugins (root)
 bench-placement: ## Measure choosing a blade against a full scan of all blades
 	@scripts/bench placement
 
-bench-controller: ## Measure the controller against kube-scheduler on a real API server (ARGS=--full: the goals' sizes)
+bench-controller: ## Measure the controller against kube-scheduler and agent-sandbox on a real API server (ARGS=--full: the goals' sizes)
 	@scripts/bench controller $(ARGS)
 
 lint: ## Formatting, clippy and the shell scripts
