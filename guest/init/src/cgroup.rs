@@ -22,14 +22,22 @@ const TOP: &str = "/sys/fs/cgroup";
 const GROUP: &str = "/sys/fs/cgroup/payload";
 /// Most processes and threads of the payload: a fork bomb meets EAGAIN, PID 1 does not.
 const PIDS_MAX: u32 = 16_384;
-/// Memory kept back for PID 1 (about 3 MiB with full log windows) and the kernel, bytes.
-const RESERVE_BYTES: u64 = 16 << 20;
+/// Memory kept back for PID 1 (about 3 MiB with full log windows) and for what the kernel wants from now on, bytes: a quarter,
+/// within these. Where the kernel finds none it can stand still, or its vsock device can: nobody hears of the guest then.
+const RESERVE_BYTES: std::ops::RangeInclusive<u64> = 8 << 20..=16 << 20;
 
 /// The payload's group.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     /// Opened once: where children are born, and the way to its files.
     folder: OwnedFd,
+}
+
+/// What the payload may have of the memory that is free before it starts: what the kernel has taken by then is its own. A
+/// guest too small for any reserve is left to the kernel's own OOM killer.
+fn memory_limit(free: u64) -> Option<u64> {
+    let reserve = (free / 4).clamp(*RESERVE_BYTES.start(), *RESERVE_BYTES.end());
+    free.checked_sub(reserve).filter(|limit| limit >= RESERVE_BYTES.start())
 }
 
 impl Cgroup {
@@ -61,9 +69,7 @@ impl Cgroup {
         };
         set("memory.oom.group", "1");
         set("pids.max", &PIDS_MAX.to_string());
-        let total = sys::memory_bytes();
-        // A guest too small for the reserve is left to the kernel's own OOM killer.
-        if let Some(limit) = total.checked_sub(RESERVE_BYTES).filter(|&limit| limit >= RESERVE_BYTES) {
+        if let Some(limit) = memory_limit(sys::free_memory_bytes()) {
             set("memory.max", &limit.to_string());
         }
         Some(cgroup)
@@ -186,6 +192,23 @@ fn pressure_of(table: &str) -> Option<Pressure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_payload_gets_what_is_free_without_a_reserve() {
+        let limit = |mib: u64| memory_limit(mib << 20).map(|bytes| bytes >> 20);
+        let expected = [
+            (0, None),
+            (8, None),
+            (15, None),
+            (16, Some(8)),
+            (40, Some(30)),
+            (64, Some(48)),
+            (500, Some(484)),
+        ];
+        for (free, expected) in expected {
+            assert_eq!(limit(free), expected, "{free} MiB");
+        }
+    }
 
     #[test]
     fn values_are_read_from_kernel_tables() {

@@ -195,13 +195,13 @@ pub(crate) fn random_now(bytes: &mut [u8]) -> bool {
     usize::try_from(got) == Ok(bytes.len())
 }
 
-/// Memory of the machine, bytes; 0 when unknown.
-pub(crate) fn memory_bytes() -> u64 {
+/// Memory of the machine that nothing uses, bytes; 0 when unknown.
+pub(crate) fn free_memory_bytes() -> u64 {
     // SAFETY: sysinfo is plain old data for which all-zero is a value.
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel fills the live, writable value.
     if unsafe { libc::sysinfo(&raw mut info) } == 0 {
-        info.totalram.saturating_mul(u64::from(info.mem_unit))
+        info.freeram.saturating_mul(u64::from(info.mem_unit))
     } else {
         0
     }
