@@ -75,11 +75,11 @@ async fn folders_and_the_writable_layer_hold_what_their_limits_say() {
         return;
     };
     let Some(()) = node.load_payload().await else { return };
-    let steps = ["fill=/work/deep/a", "fill=/b", "stat=/work", "exit=0"];
+    let steps = ["fill=/data/deep/a", "fill=/b", "stat=/data", "exit=0"];
     let mut request = agent("room", "payload", None, &steps, 256);
     let spec = request.spec.as_mut().unwrap();
     spec.scratch_mib = 3;
-    spec.folders = [("/work/deep", 2), ("/work", 0)]
+    spec.folders = [("/data/deep", 2), ("/data", 0)]
         .map(|(path, size_mib)| far_proto::node::EmptyFolder {
             path: path.into(),
             size_mib,
@@ -87,7 +87,7 @@ async fn folders_and_the_writable_layer_hold_what_their_limits_say() {
         .into();
     // A file may lie in such a folder.
     spec.files.push(far_proto::node::File {
-        path: "/work/task.txt".into(),
+        path: "/data/task.txt".into(),
         mode: 0o444,
         data: b"task".to_vec(),
         secret: false,
@@ -108,10 +108,10 @@ async fn folders_and_the_writable_layer_hold_what_their_limits_say() {
             .unwrap();
         line.trim_end_matches(" KiB").parse().unwrap()
     };
-    assert_eq!(took("/work/deep/a"), 2048, "{output}");
+    assert_eq!(took("/data/deep/a"), 2048, "{output}");
     // Folders and what far-init wrote take some of it.
     assert!((2700..=3072).contains(&took("/b")), "{output}");
-    assert!(output.contains("/work mode=777 uid=0"), "{output}");
+    assert!(output.contains("/data mode=777 uid=0"), "{output}");
 }
 
 #[tokio::test]

@@ -119,9 +119,9 @@ mod tests {
 
     #[test]
     fn folders_come_parents_first_and_bad_ones_are_named() {
-        let room = Room::check(0, vec![folder("/work/deep"), folder("/work"), folder("/a")]).unwrap();
+        let room = Room::check(0, vec![folder("/data/deep"), folder("/data"), folder("/a")]).unwrap();
         let paths: Vec<_> = room.folders.iter().map(|(path, _)| path.as_str()).collect();
-        assert_eq!(paths, ["/a", "/work", "/work/deep"]);
+        assert_eq!(paths, ["/a", "/data", "/data/deep"]);
         for bad in [
             "", "/", "work", "/a/../b", "/a//b", "/proc/x", "/dev", "/sys/fs", "/a\0",
         ] {

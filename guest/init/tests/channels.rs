@@ -316,7 +316,7 @@ fn folders_go_in_and_come_out_as_they_were() {
         (TransferKind::File, "sub/tool", 0o755, b"#!/bin/sh\n"),
         (TransferKind::File, "sub/\u{fc}n\u{ef}code name", 0o444, b"x"),
     ];
-    host.put(1, "/home/agent/work", "");
+    host.put(1, "/home/agent/desk", "");
     for (kind, path, mode, content) in tree {
         host.entry(1, kind, path, mode, content);
     }
@@ -327,7 +327,7 @@ fn folders_go_in_and_come_out_as_they_were() {
         ("", 5, large.len() as u64 + 11)
     );
 
-    let mut came: Vec<_> = host.get(2, "/home/agent/work").entries.clone();
+    let mut came: Vec<_> = host.get(2, "/home/agent/desk").entries.clone();
     came.sort_by(|a, b| a.0.path.cmp(&b.0.path));
     let mut expected: Vec<_> = tree.into();
     expected.sort_by(|a, b| a.1.cmp(b.1));
@@ -343,27 +343,27 @@ fn folders_go_in_and_come_out_as_they_were() {
         }
     }
     // As cp does: into an existing folder under its own name; and a single file replaces a single file.
-    host.put(3, "/home/agent/work", "more");
+    host.put(3, "/home/agent/desk", "more");
     host.entry(3, TransferKind::File, "", 0o644, b"one");
     host.entry(3, TransferKind::End, "", 0, b"");
     assert_eq!(host.end(3).end.as_ref().unwrap().error, "");
-    host.put(4, "/home/agent/work/more", "ignored");
+    host.put(4, "/home/agent/desk/more", "ignored");
     host.entry(4, TransferKind::File, "", 0o644, b"two");
     host.entry(4, TransferKind::End, "", 0, b"");
     assert_eq!(host.end(4).end.as_ref().unwrap().error, "");
-    assert_eq!(host.get(5, "/home/agent/work/more").entries[0].1, b"two");
+    assert_eq!(host.get(5, "/home/agent/desk/more").entries[0].1, b"two");
     host.exec(
         6,
         &[
             "/bin/payload",
-            "stat=/home/agent/work/large",
-            "stat=/home/agent/work/sub",
+            "stat=/home/agent/desk/large",
+            "stat=/home/agent/desk/sub",
         ],
     );
     assert_eq!(
         String::from_utf8_lossy(&host.end(6).stdout),
         format!(
-            "/home/agent/work/large mode=640 uid=1000 size={}\n/home/agent/work/sub mode=700 uid=1000 size=80\n",
+            "/home/agent/desk/large mode=640 uid=1000 size={}\n/home/agent/desk/sub mode=700 uid=1000 size=80\n",
             large.len()
         )
     );
