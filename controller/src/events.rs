@@ -14,7 +14,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
     jiff::Timestamp,
 };
-use kube::{Api, Client, Resource, ResourceExt, runtime::events::EventType};
+use kube::{Api, Client, Resource, ResourceExt, api::PostParams, runtime::events::EventType};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +25,8 @@ const MAX_REMEMBERED: usize = 10_000;
 /// Events that wait to be written; about 1 KiB each.
 const MAX_WAITING: usize = 10_000;
 const AT_A_TIME: usize = 8;
+/// An API that answers nothing must not hold all of them up for good.
+const WITHIN: Duration = Duration::from_secs(30);
 /// What was said before the end is written for this long.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Bytes of a note, and characters of an event's name (events.k8s.io/v1; RFC 1123 subdomain).
@@ -131,9 +133,16 @@ impl Writer {
 async fn write(client: &Client, event: Event) {
     let namespace = event.metadata.namespace.as_deref().unwrap_or_default();
     let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    if let Err(error) = api.create(&Default::default(), &event).await {
+    let params = PostParams::default();
+    let written = tokio::time::timeout(WITHIN, api.create(&params, &event)).await;
+    let error = match written {
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(late) => Some(late.to_string()),
+    };
+    if let Some(error) = error {
         let about = event.regarding.as_ref().and_then(|about| about.name.as_deref());
-        tracing::warn!(about, reason = event.reason, %error, "an event was not written");
+        tracing::warn!(about, reason = event.reason, error, "an event was not written");
     }
 }
 

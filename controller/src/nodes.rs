@@ -95,6 +95,7 @@ impl Nodes {
                     tokio::time::sleep(backoff.after_failure()).await;
                 }
             });
+            telling.retain(|_, told| !told.is_finished());
             // One at a time, and the newest: it reads what the one before may have missed.
             if let Some(before) = telling.insert(name.clone(), told) {
                 before.abort();
