@@ -103,7 +103,8 @@ impl Visit {
     }
 }
 
-/// Takes connections until dropped, at most `max_known` that showed who they are, `max_each` of each; gives them to tonic by the stream. The future does the work and never ends.
+/// Takes connections until dropped, at most `max_known` that showed who they are, `max_each` of each; gives them to tonic by
+/// the stream. The future does the work and never ends.
 pub(crate) fn open(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
