@@ -119,6 +119,19 @@ fn exec_streams_both_ways_and_ends_with_the_code() {
     assert!(out.starts_with(b"A=b\n") && out[4..] == sent, "{} bytes", out.len());
     assert_eq!((err, others), (b"oops\n".to_vec(), vec![(6, "{\"code\":9}".into())]));
 
+    // A header that comes in two parts: an answered ping is the proof that the first was read alone.
+    let request = r#"{"version":1,"op":"exec","exec":{"cmd":"/bin/payload","args":["copy-stdin"],"has_stdin":true}}"#;
+    let mut stream = ask(&guest, request);
+    let whole = [frame(2, b"parted"), frame(3, b"")].concat();
+    let mut begun = 0;
+    for end in [2, 13, whole.len()] {
+        stream.write_all(&whole[begun..end]).unwrap();
+        begun = end;
+        answer(ask(&guest, r#"{"version":1,"op":"ping"}"#));
+    }
+    let (out, _, others) = frames(&answer(stream));
+    assert_eq!((out, others), (b"parted".to_vec(), vec![(6, "{\"code\":0}".into())]));
+
     for (request, expected) in [
         (
             r#"{"cmd":"/bin/payload","args":["signal=10"]}"#,

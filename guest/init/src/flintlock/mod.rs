@@ -245,9 +245,10 @@ impl Peer {
         Some((self.fd.as_ref()?.as_fd(), flags))
     }
 
+    /// Of what came, at most the beginning of a header is left when the program took everything: its rest is to come.
     fn is_listening(&self) -> bool {
         match &self.state {
-            State::Running(process) => self.inbox.is_empty() && process.stdin_is_idle(),
+            State::Running(process) => self.inbox.len() < HEADER && process.stdin_is_idle(),
             State::Asking | State::Closing => true,
         }
     }
@@ -264,9 +265,11 @@ impl Peer {
         if let State::Running(process) = &mut self.state {
             process.keep_time(now);
         }
+        // Before it is asked whether there is room: what was full and is empty after it would be polled for nothing.
+        let mut is_there = self.flush();
         for turn in 0.. {
             self.has_more = turn == TURNS;
-            if self.has_more || self.out.len() >= OUT_LIMIT {
+            if self.has_more || self.out.len() >= OUT_LIMIT || !is_there {
                 break;
             }
             let State::Running(process) = &mut self.state else {
@@ -290,11 +293,9 @@ impl Peer {
                 Say::ChannelEnd(end) => self.finish(&end),
                 _ => {}
             }
-            if !self.flush() {
-                break;
-            }
+            is_there = self.flush();
         }
-        if !self.flush() {
+        if !is_there {
             self.give_up(now);
         }
     }
