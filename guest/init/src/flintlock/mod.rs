@@ -350,9 +350,12 @@ impl Peer {
                             return;
                         }
                         if kind == STDIN {
-                            // One read at most, and the program took the one before: there is always credit.
-                            let _ = process.take(&self.inbox[..count], false);
+                            // The program took all that came before, and one read is less than what it then may take.
                             process.forget_credit();
+                            if process.take(&self.inbox[..count], false).is_err() {
+                                self.fd = None;
+                                return self.give_up(now);
+                            }
                         }
                         self.inbox.drain(..count);
                         self.frame = (left > count).then_some((kind, left - count));
