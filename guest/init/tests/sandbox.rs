@@ -427,6 +427,27 @@ fn heartbeats_come_while_the_payload_runs() {
 }
 
 #[test]
+fn a_host_that_promised_answers_and_gives_none_is_left_and_dialled_again() {
+    let test = "a_host_that_promised_answers_and_gives_none_is_left_and_dialled_again";
+    let Some(mut guest) = sandbox(test, &["exit=6"]) else {
+        return;
+    };
+    guest.start();
+    let mut connection = guest.blade.accept_silently().unwrap();
+    let welcome = Welcome {
+        generation: 1,
+        log_window_bytes: 4096,
+        heartbeat_interval_ms: 100,
+        answers_heartbeats: true,
+        ..Welcome::default()
+    };
+    connection.send(ToGuest::Welcome(welcome)).unwrap();
+    connection.is_closed_by_guest().unwrap();
+    assert_eq!(guest.blade.serve().unwrap().how, Some(How::Code(6)));
+    guest.ends_well();
+}
+
+#[test]
 fn names_limits_and_privileges_are_as_the_configuration_says() {
     let args = [
         "cat=/etc/hosts",

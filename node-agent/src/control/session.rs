@@ -138,6 +138,7 @@ async fn run(
             stored_stderr_seq: stored.stderr_seq,
             log_window_bytes: LOG_WINDOW,
             heartbeat_interval_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
+            answers_heartbeats: true,
         })),
     };
     let tell = |event| {

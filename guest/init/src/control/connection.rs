@@ -75,9 +75,9 @@ struct Up {
     decoder: Decoder,
     out: Queue,
     welcome_by: Option<Instant>,
-    /// When bytes came last.
-    heard_at: Instant,
-    /// How long a blade that answers heartbeats may say nothing; `None`: for ever.
+    /// Since when a heartbeat waits for its answer.
+    asked_at: Option<Instant>,
+    /// How long a blade that answers heartbeats may leave one without an answer; `None`: for ever.
     silence: Option<Duration>,
 }
 
@@ -85,7 +85,8 @@ impl Up {
     /// When the connection counts as dead. Not while it is not read from.
     fn silent_at(&self) -> Option<Instant> {
         let is_read = self.out.len() < HEAR_LIMIT;
-        self.silence.filter(|_| is_read).map(|limit| self.heard_at + limit)
+        let limit = self.silence.filter(|_| is_read)?;
+        Some(self.asked_at? + limit)
     }
 }
 
@@ -200,7 +201,7 @@ impl Link {
             decoder: Decoder::new(),
             out: Queue::default(),
             welcome_by: Some(now + WELCOME_LIMIT),
-            heard_at: now,
+            asked_at: None,
             silence: None,
         }));
         Progress::Connected
@@ -214,10 +215,17 @@ impl Link {
         }
     }
 
-    /// The blade answers heartbeats: from now on it is not silent for longer than this.
+    /// The blade answers heartbeats, and takes no longer than this for it.
     pub(crate) fn expect_answers(&mut self, within: Duration) {
         if let State::Up(up) = &mut self.state {
             up.silence = Some(within);
+        }
+    }
+
+    /// A heartbeat was sent. Only from then on silence means anything: PID 1 itself may have been busy until now.
+    pub(crate) fn asked(&mut self, now: Instant) {
+        if let State::Up(up) = &mut self.state {
+            up.asked_at.get_or_insert(now);
         }
     }
 
@@ -279,7 +287,7 @@ impl Link {
         match sys::read_into(&up.fd, up.decoder.room(READ_SIZE)) {
             Ok(0) => Err(LinkError::Closed),
             Ok(_) => {
-                up.heard_at = Instant::now();
+                up.asked_at = None;
                 Ok(())
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),

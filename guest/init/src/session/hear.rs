@@ -79,9 +79,7 @@ impl Session<'_> {
             Heard::Start(guest::Start {}) => self.start(),
             Heard::LogAck(ack) => Ok(self.outbox.acknowledge(ack.stream, ack.seq)?),
             Heard::Heard(guest::Heard {}) => {
-                if let Some(beat) = self.said.heartbeat {
-                    self.link.expect_answers((beat.every * 3).max(SILENCE));
-                }
+                self.expect_answers();
                 Ok(())
             }
             Heard::ExitAck(guest::ExitAck {}) => {
@@ -218,7 +216,16 @@ impl Session<'_> {
                 next: now + every,
             }
         });
+        if welcome.answers_heartbeats {
+            self.expect_answers();
+        }
         Ok(())
+    }
+
+    fn expect_answers(&mut self) {
+        if let Some(beat) = self.said.heartbeat {
+            self.link.expect_answers((beat.every * 3).max(SILENCE));
+        }
     }
 
     fn take_config(&mut self, config: Config) -> Result<(), Misuse> {

@@ -52,6 +52,7 @@ impl Session<'_> {
             // What a burst of output took is not held for ever.
             sys::trim_memory();
             self.link.queue(&message(Say::Heartbeat(heartbeat)));
+            self.link.asked(now);
             self.said.heartbeat = Some(Beat {
                 next: now + beat.every,
                 ..beat

@@ -103,6 +103,7 @@ impl Blade {
             stored_stderr_seq: self.stored[1].1,
             log_window_bytes: self.window,
             heartbeat_interval_ms: self.heartbeat_ms,
+            answers_heartbeats: false,
         })];
         if self.hellos.last().unwrap().stage() == Stage::WaitingForConfig {
             words.extend(self.configuration());
