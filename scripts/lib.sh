@@ -71,6 +71,17 @@ step() {
 	say "${GREEN}✓${PLAIN} $name ($((SECONDS - start)) s)"
 }
 
+# Cargo takes for fresh what another clone built, with that clone's paths in it. Our own crates are built anew where the cache is
+# another tree's; what they depend on stays.
+take_over_cache() {
+	local mark="$CARGO_TARGET_DIR/tree"
+	[ "$(cat "$mark" 2>/dev/null)" != "$PWD" ] || return 0
+	rm -rf "$CARGO_TARGET_DIR"/{*,*/*}/.fingerprint/{far,tiffany}-*
+	mkdir -p "$CARGO_TARGET_DIR"
+	printf '%s\n' "$PWD" >"$mark"
+}
+take_over_cache
+
 # Whether the version $1 is at least $2.
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 
