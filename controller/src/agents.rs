@@ -15,11 +15,7 @@ use far_api::FarAgent;
 use futures::{FutureExt as _, StreamExt, stream::FuturesUnordered};
 use kube::{
     Api, Client, ResourceExt,
-    runtime::{
-        WatchStreamExt,
-        reflector::ObjectRef,
-        watcher::{self, Event},
-    },
+    runtime::{WatchStreamExt, reflector::ObjectRef, watcher::Event},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -28,11 +24,15 @@ use crate::{
     convert,
     queue::{Action, Queue},
     reconcile::{self, Context},
+    watched::Watched,
+    watching,
     world::{Teller, World},
 };
 
 /// Objects kept at most; about 4 KiB each.
 const MAX_KEPT: usize = 4096;
+/// Passes at most that wait for a turn to write, beside those that are under way.
+const MAX_WAITING: usize = 4096;
 /// After an object could not be read.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -47,20 +47,20 @@ pub(crate) async fn run(
     concurrency: u16,
     stop: CancellationToken,
 ) {
-    let mut watch = pin!(
-        watcher::watcher(Api::<FarAgent>::all(client.clone()), watcher::Config::default()).backoff(Backoff::default())
-    );
+    let mut watch = pin!(watching::watch(Api::<Watched>::all(client.clone())).backoff(Backoff::default()));
     let mut dirty = pin!(world.dirty.clone().stream());
     let mut queue = Queue::new();
     let mut kept = Kept::default();
     let mut passes = FuturesUnordered::new();
     let mut listed = HashSet::new();
     loop {
+        // Who waits for a turn to write holds up nobody who waits for a blade.
+        let at_most = usize::from(concurrency) + context.turns.waiting().min(MAX_WAITING);
         tokio::select! {
             () = stop.cancelled() => break,
             Some(event) = watch.next() => match event {
                 Ok(Event::Init) => listed.clear(),
-                Ok(Event::InitApply(agent)) => {
+                Ok(Event::InitApply(Watched(agent))) => {
                     listed.extend(agent.uid());
                     see(agent, Teller::List, &world, &mut kept, &mut queue);
                 }
@@ -70,15 +70,15 @@ pub(crate) async fn run(
                     listed = HashSet::new();
                     known.cancel();
                 }
-                Ok(Event::Apply(agent)) => see(agent, Teller::Watch, &world, &mut kept, &mut queue),
-                Ok(Event::Delete(agent)) => {
+                Ok(Event::Apply(Watched(agent))) => see(agent, Teller::Watch, &world, &mut kept, &mut queue),
+                Ok(Event::Delete(Watched(agent))) => {
                     kept.remove(&ObjectRef::from_obj(&agent));
                     world.forget(&agent.uid().unwrap_or_default());
                 }
                 Err(error) => tracing::warn!(%error, "watching agents failed: trying again"),
             },
             Some(key) = dirty.next() => queue.ask(key, Duration::ZERO),
-            key = queue.next(), if passes.len() < usize::from(concurrency) => {
+            key = queue.next(), if passes.len() < at_most => {
                 let pass = pass(client.clone(), key.clone(), kept.get(&key), context.clone());
                 passes.push(pass.map(move |action| (key, action)));
             }
@@ -95,12 +95,7 @@ pub(crate) async fn run(
 }
 
 /// The watch tells of an agent.
-fn see(mut agent: FarAgent, by: Teller, world: &World, kept: &mut Kept, queue: &mut Queue<Key>) {
-    // Neither is read here, and together they are most of an object.
-    agent.metadata.managed_fields = None;
-    agent
-        .annotations_mut()
-        .remove("kubectl.kubernetes.io/last-applied-configuration");
+fn see(agent: FarAgent, by: Teller, world: &World, kept: &mut Kept, queue: &mut Queue<Key>) {
     world.observe(&agent, by);
     let key = ObjectRef::from_obj(&agent);
     if convert::is_settled(&agent, &convert::status_from_api(agent.status.as_ref())) {

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -14,11 +14,15 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
     jiff::Timestamp,
 };
-use kube::{Api, Client, Resource, ResourceExt, api::PostParams, runtime::events::EventType};
+use kube::{
+    Client, Resource, ResourceExt,
+    api::{PostParams, Request},
+    runtime::events::EventType,
+};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::convert::cut;
+use crate::{convert::cut, turns::Turns};
 
 /// Agents whose last event is remembered, to say nothing twice in a row; forgotten all at once beyond.
 const MAX_REMEMBERED: usize = 10_000;
@@ -43,16 +47,17 @@ pub(crate) struct Events {
 pub(crate) struct Writer {
     client: Client,
     waiting: mpsc::Receiver<Event>,
+    turns: Arc<Turns>,
 }
 
 /// The two ends.
-pub(crate) fn events(client: Client) -> (Events, Writer) {
+pub(crate) fn events(client: Client, turns: Arc<Turns>) -> (Events, Writer) {
     let (sender, waiting) = mpsc::channel(MAX_WAITING);
     let events = Events {
         waiting: sender,
         last: Mutex::default(),
     };
-    (events, Writer { client, waiting })
+    (events, Writer { client, waiting, turns })
 }
 
 impl Events {
@@ -117,30 +122,32 @@ fn event(about: ObjectReference, type_: EventType, reason: &str, note: &str, now
 impl Writer {
     /// Ends once nobody is left who could say something; after `stop` some seconds later at the latest.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let Self { client, waiting } = self;
+        let Self { client, waiting, turns } = self;
         let said = stream::unfold(waiting, |mut waiting| async { Some((waiting.recv().await?, waiting)) });
         let last_words = async {
             stop.cancelled().await;
             tokio::time::sleep(LAST_WORDS).await;
         };
         tokio::select! {
-            () = said.for_each_concurrent(AT_A_TIME, |event| write(&client, event)) => {}
+            () = said.for_each_concurrent(AT_A_TIME, |event| write(&client, &turns, event)) => {}
             () = last_words => {}
         }
     }
 }
 
-async fn write(client: &Client, event: Event) {
-    let namespace = event.metadata.namespace.as_deref().unwrap_or_default();
-    let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let params = PostParams::default();
-    let written = tokio::time::timeout(WITHIN, api.create(&params, &event)).await;
-    let error = match written {
-        Ok(Ok(_)) => None,
-        Ok(Err(error)) => Some(error.to_string()),
-        Err(late) => Some(late.to_string()),
+async fn write(client: &Client, turns: &Turns, event: Event) {
+    let create = async {
+        let body = serde_json::to_vec(&event).map_err(|error| error.to_string())?;
+        let path = Event::url_path(&(), event.metadata.namespace.as_deref());
+        let request = Request::new(path).create(&PostParams::default(), body);
+        // Nobody reads the answer.
+        let created = client.request_text(request.map_err(|error| error.to_string())?);
+        let created = tokio::time::timeout(WITHIN, created).await;
+        created
+            .map_err(|late| late.to_string())?
+            .map_err(|error| error.to_string())
     };
-    if let Some(error) = error {
+    if let Err(error) = turns.take(create).await {
         let about = event.regarding.as_ref().and_then(|about| about.name.as_deref());
         tracing::warn!(about, reason = event.reason, error, "an event was not written");
     }

@@ -46,6 +46,8 @@ mod stock;
 mod tasks;
 pub mod tokens;
 mod tries;
+mod turns;
+mod watched;
 mod watching;
 mod work;
 mod world;

@@ -9,10 +9,7 @@ use far_api::FarNode;
 use futures::{StreamExt, pin_mut};
 use kube::{
     Api, Client, ResourceExt,
-    runtime::{
-        WatchStreamExt,
-        watcher::{self, Event},
-    },
+    runtime::{WatchStreamExt, watcher::Event},
 };
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +18,7 @@ use crate::{
     backoff::Backoff,
     links::Links,
     registry::{self, Registry},
+    watching,
     world::World,
 };
 
@@ -35,8 +33,7 @@ pub(crate) struct Nodes {
 
 impl Nodes {
     pub(crate) async fn run(self, shutdown: CancellationToken) {
-        let stream = kube::runtime::watcher(Api::<FarNode>::all(self.client.clone()), watcher::Config::default())
-            .backoff(Backoff::default());
+        let stream = watching::watch(Api::<FarNode>::all(self.client.clone())).backoff(Backoff::default());
         pin_mut!(stream);
         let mut open: HashMap<String, (String, CancellationToken)> = HashMap::new();
         // Who writes down that a blade is emptied, or no more.

@@ -1,10 +1,16 @@
 //! Which keys to look at, and when. One key is looked at by one pass at a time; of several times asked for the earliest counts.
 //!
 //! ```text
-//! ask ──► due (a timer each) ── next ──► busy ── done ──► (asked for meanwhile, or by the pass itself) ──► due
+//! ask ──► due (in a row now, or a timer each) ── next ──► busy ── done ──► (asked for meanwhile, or by the pass itself) ──► due
 //! ```
 
-use std::{collections::HashMap, future::poll_fn, hash::Hash, task::Poll, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    future::poll_fn,
+    hash::Hash,
+    task::Poll,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use tokio_util::time::{DelayQueue, delay_queue};
@@ -39,7 +45,10 @@ impl Action {
 #[derive(Debug)]
 pub(crate) struct Queue<K> {
     timers: DelayQueue<K>,
-    due: HashMap<K, (delay_queue::Key, Instant)>,
+    /// Due now, the first first.
+    row: VecDeque<K>,
+    /// In the row, or at which timer.
+    due: HashMap<K, Option<(delay_queue::Key, Instant)>>,
     /// Under way, with the time of the next look that was asked for meanwhile.
     busy: HashMap<K, Option<Instant>>,
 }
@@ -48,6 +57,7 @@ impl<K: Clone + Eq + Hash> Queue<K> {
     pub(crate) fn new() -> Self {
         Self {
             timers: DelayQueue::new(),
+            row: VecDeque::new(),
             due: HashMap::new(),
             busy: HashMap::new(),
         }
@@ -61,25 +71,46 @@ impl<K: Clone + Eq + Hash> Queue<K> {
     fn ask_at(&mut self, key: K, at: Instant) {
         if let Some(again) = self.busy.get_mut(&key) {
             *again = Some(again.map_or(at, |asked| asked.min(at)));
-        } else if let Some((timer, due)) = self.due.get_mut(&key) {
-            if at < *due {
+            return;
+        }
+        let is_now = at <= Instant::now();
+        match self.due.get_mut(&key) {
+            // In the row.
+            Some(None) => {}
+            Some(Some((_, due))) if *due <= at => {}
+            Some(Some((timer, due))) if !is_now => {
                 self.timers.reset_at(timer, at);
                 *due = at;
             }
-        } else {
-            let timer = self.timers.insert_at(key.clone(), at);
-            self.due.insert(key, (timer, at));
+            None if !is_now => {
+                let timer = self.timers.insert_at(key.clone(), at);
+                self.due.insert(key, Some((timer, at)));
+            }
+            Some(timer) => {
+                if let Some((timer, _)) = timer.take() {
+                    self.timers.remove(&timer);
+                }
+                self.row.push_back(key);
+            }
+            None => {
+                self.due.insert(key.clone(), None);
+                self.row.push_back(key);
+            }
         }
     }
 
     /// Waits for a key that is due; from now on it is under way. Cancel-safe.
     pub(crate) async fn next(&mut self) -> K {
-        let expired = poll_fn(|context| match self.timers.poll_expired(context) {
-            Poll::Ready(Some(expired)) => Poll::Ready(expired),
-            // Empty: whoever asks wakes the caller, which asks and waits in one task.
-            Poll::Ready(None) | Poll::Pending => Poll::Pending,
-        });
-        let key = expired.await.into_inner();
+        let key = poll_fn(|context| {
+            while let Poll::Ready(Some(expired)) = self.timers.poll_expired(context) {
+                let key = expired.into_inner();
+                self.due.insert(key.clone(), None);
+                self.row.push_back(key);
+            }
+            // Nothing, and no timer: whoever asks wakes the caller, which asks and waits in one task.
+            self.row.pop_front().map_or(Poll::Pending, Poll::Ready)
+        })
+        .await;
         self.due.remove(&key);
         self.busy.insert(key.clone(), None);
         key
@@ -115,6 +146,27 @@ mod tests {
             tokio::time::timeout(100 * SECOND, queue.next()).await.is_err(),
             "nothing is left"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_due_now_goes_in_the_order_in_which_it_was_asked_for() {
+        let mut queue = Queue::new();
+        queue.ask("timed", SECOND);
+        queue.ask("later", 9 * SECOND);
+        for key in ["a", "b", "a", "later"] {
+            queue.ask(key, Duration::ZERO);
+        }
+        tokio::time::advance(SECOND).await;
+        queue.ask("c", Duration::ZERO);
+        let mut order = Vec::new();
+        for _ in 0..5 {
+            order.push(queue.next().await);
+        }
+        assert_eq!(order, ["a", "b", "later", "c", "timed"]);
+        for key in order {
+            queue.done(&key, Action::await_change());
+        }
+        assert!(tokio::time::timeout(100 * SECOND, queue.next()).await.is_err());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! One pass over one agent: look, decide (far-core), act, write down what may be claimed. Level, not edge: a lost event
 //! costs one recheck, and a failed act is tried again.
 //!
-//! Invariant: the intent (blade, attempt) is written with resourceVersion before a blade is called.
+//! Invariant: the intent (blade, attempt) is written with resourceVersion, and then the finalizer, before a blade is called.
+//! Whoever is deleted in between is gone at once, and no blade has heard of it.
 
 mod claim;
 mod ends;
@@ -32,6 +33,7 @@ use crate::{
     pace::Pace,
     queue::Action,
     rules, status_writer,
+    turns::Turns,
     world::{Teller, View, World},
 };
 
@@ -59,6 +61,7 @@ pub(crate) struct Context {
     /// From the first failure of an agent until its next attempt.
     pub(crate) first_delay: Duration,
     pub(crate) pace: Pace,
+    pub(crate) turns: Arc<Turns>,
 }
 
 /// Why a pass failed.
@@ -297,7 +300,7 @@ impl Pass<'_> {
                 Ok(Next::Rest(Action::requeue(left.unwrap_or(recheck).min(recheck))))
             }
             Ok(blade) => {
-                let placed = self.write_intent(status, &Fact::Placed { blade: &blade }).await;
+                let placed = self.learn(status, &Fact::Placed { blade: &blade }).await;
                 if placed.is_err() {
                     world.unplace(&self.uid, None);
                 }
@@ -307,21 +310,25 @@ impl Pass<'_> {
                     .events
                     .say(&self.agent, EventType::Normal, "Scheduled", &note);
                 self.say_cold().await;
-                Ok(Next::Again)
+                Ok(Self::placed())
             }
         }
     }
 
-    /// Finalizer first, then the intent: from then on the blade may have it.
-    async fn write_intent(&mut self, status: &Status, placed: &Fact<'_>) -> Result<Next, ReconcileError> {
-        if !self.is_held() {
-            let held = status_writer::hold(&self.context.client, &self.agent, true).await;
-            if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
-                self.context.world.observe(&agent, Teller::Write);
-                self.agent = agent;
-            }
+    /// Others that wait for a blade come first: theirs is a matter of milliseconds, a start is not.
+    fn placed() -> Next {
+        Next::Rest(Action::requeue(Duration::ZERO))
+    }
+
+    /// From the finalizer on the blade may have it.
+    async fn hold(&mut self) -> Result<(), ReconcileError> {
+        let hold = status_writer::hold(&self.context.client, &self.agent, true);
+        let held = self.context.turns.take(hold).await;
+        if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
+            self.context.world.observe(&agent, Teller::Write);
+            self.agent = Arc::new(agent);
         }
-        self.learn(status, placed).await
+        Ok(())
     }
 
     async fn ensure(&mut self, status: &Status) -> Result<Next, ReconcileError> {
@@ -350,6 +357,9 @@ impl Pass<'_> {
             Err(SpecError::Invalid(message)) => return self.learn(status, &Fact::Rejected { message: &message }).await,
             Err(SpecError::Read { source, .. }) => return Err(self.api_error("reading the references", *source)),
         };
+        if !self.is_held() {
+            self.hold().await?;
+        }
         let calls = Blade::new(channel, context.epoch);
         match self.ensure_on(status, calls, identity, spec).await {
             Ok(Some(report)) => {
@@ -439,7 +449,12 @@ impl Pass<'_> {
         let generation = self.agent.metadata.generation.unwrap_or(0);
         let body = convert::status_to_api(&next, self.agent.status.as_ref(), generation, Timestamp::now());
         self.context.pace.count();
-        let written = status_writer::write(&self.context.client, &self.agent, &body).await;
+        let write = status_writer::write(&self.context.client, &self.agent, &body);
+        let written = match fact {
+            // Somebody waits for these: they wait for nobody.
+            Fact::Placed { .. } | Fact::Claiming { .. } => write.await,
+            _ => self.context.turns.take(write).await,
+        };
         let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
         self.context.world.observe(&agent, Teller::Write);
         self.agent = agent;
@@ -532,7 +547,8 @@ impl Pass<'_> {
     }
 
     async fn release(&mut self) -> Result<Next, ReconcileError> {
-        let released = status_writer::hold(&self.context.client, &self.agent, false).await;
+        let release = status_writer::hold(&self.context.client, &self.agent, false);
+        let released = self.context.turns.take(release).await;
         released.map_err(|source| self.api_error("removing the finalizer", source))?;
         Ok(Next::Rest(Action::await_change()))
     }

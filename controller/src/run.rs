@@ -29,6 +29,7 @@ use crate::{
     shared::{self, Shared},
     tasks::Tasks,
     tokens::{self, Revocations, Tokens},
+    turns::Turns,
     world::World,
 };
 
@@ -322,7 +323,8 @@ fn work(
         certificate_pem: own.certificate_pem,
         key_pem: own.key_pem,
     });
-    let (events, writer) = events::events(client.clone());
+    let turns = Arc::<Turns>::default();
+    let (events, writer) = events::events(client.clone(), turns.clone());
     let events = Arc::new(events);
     tasks.spawn({
         let stop = stop.clone();
@@ -378,6 +380,7 @@ fn work(
         nodes_known: nodes_known.clone(),
         first_delay: config.retry_after,
         pace: Pace::default(),
+        turns,
     });
     let works = Works {
         world: world.clone(),

@@ -1,14 +1,26 @@
 //! Writes of statuses and finalizers, guarded by resourceVersion.
 
-use std::{fmt::Debug, sync::Arc};
+use std::fmt::Debug;
 
 use far_api::{FIELD_MANAGER, FINALIZER, FarAgent, FarAgentStatus};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{Patch, PatchParams, PostParams, Request},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
+
+/// What is read of an answer to a write that was guarded by resourceVersion: all else is as it was, and as it was written.
+#[derive(Debug, Deserialize)]
+struct Answer {
+    metadata: AnswerMeta,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AnswerMeta {
+    resource_version: Option<String>,
+}
 
 /// The agent's API in its own namespace.
 pub(crate) fn api(client: &Client, agent: &FarAgent) -> Api<FarAgent> {
@@ -38,7 +50,11 @@ pub(crate) async fn write(client: &Client, agent: &FarAgent, status: &FarAgentSt
     let body = serde_json::to_vec(&body).map_err(kube::Error::SerdeError)?;
     let path = FarAgent::url_path(&(), agent.metadata.namespace.as_deref());
     let request = Request::new(path).replace_subresource("status", &agent.name_any(), &params, body);
-    client.request(request.map_err(kube::Error::BuildRequest)?).await
+    let answer: Answer = client.request(request.map_err(kube::Error::BuildRequest)?).await?;
+    let mut written = agent.clone();
+    written.metadata.resource_version = answer.metadata.resource_version;
+    written.status = Some(status.clone());
+    Ok(written)
 }
 
 /// Writes the status of an object of another kind over the one it has. 409: somebody wrote in between.
@@ -63,7 +79,7 @@ where
 }
 
 /// Adds or removes our finalizer. Removing where the agent is gone is success.
-pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Result<Option<Arc<FarAgent>>, kube::Error> {
+pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Result<Option<FarAgent>, kube::Error> {
     let mut finalizers: Vec<&str> = agent
         .finalizers()
         .iter()
@@ -80,11 +96,19 @@ pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Resul
         field_manager: Some(FIELD_MANAGER.to_owned()),
         ..PatchParams::default()
     };
-    match api(client, agent)
-        .patch(&agent.name_any(), &params, &Patch::Merge(body))
+    let finalizers = finalizers.into_iter().map(str::to_owned).collect();
+    let path = FarAgent::url_path(&(), agent.metadata.namespace.as_deref());
+    let request = Request::new(path).patch(&agent.name_any(), &params, &Patch::Merge(body));
+    match client
+        .request::<Answer>(request.map_err(kube::Error::BuildRequest)?)
         .await
     {
-        Ok(agent) => Ok(Some(Arc::new(agent))),
+        Ok(answer) => {
+            let mut written = agent.clone();
+            written.metadata.resource_version = answer.metadata.resource_version;
+            written.metadata.finalizers = Some(finalizers);
+            Ok(Some(written))
+        }
         Err(kube::Error::Api(error)) if error.code == 404 && !held => Ok(None),
         Err(error) => Err(error),
     }

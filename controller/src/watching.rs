@@ -1,10 +1,10 @@
-//! Watches of whole kinds into memory, pruned, with a word for each object that came, changed or went.
+//! Watches of whole kinds: as a stream, or into memory, pruned, with a word for each object that came, changed or went.
 
 use std::{fmt::Debug, pin::pin, sync::Arc};
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, future};
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Client, Error, Resource, ResourceExt,
     runtime::{
         WatchStreamExt,
         reflector::{self, ObjectRef, Store, store::Writer},
@@ -16,13 +16,35 @@ use tokio::task::JoinHandle;
 
 use crate::backoff::Backoff;
 
+/// HTTP codes of an API server that does not know or does not want a parameter.
+const UNWANTED: [u16; 2] = [400, 422];
+
+/// Tells of every object of a kind, and then of what becomes of them.
+///
+/// The list comes as a stream, which the server writes while it is read. A server that does not offer that (feature WatchList,
+/// off by default in Kubernetes 1.33) is asked for pages.
+pub(crate) fn watch<K>(api: Api<K>) -> impl Stream<Item = Result<Event<K>, watcher::Error>> + Send
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let is_offered = |event: &Result<Event<K>, watcher::Error>| {
+        future::ready(
+            !matches!(event, Err(watcher::Error::WatchStartFailed(Error::Api(status))) if UNWANTED.contains(&status.code)),
+        )
+    };
+    let pages = watcher::watcher(api.clone(), watcher::Config::default());
+    watcher::watcher(api, watcher::Config::default().streaming_lists())
+        .take_while(is_offered)
+        .chain(pages)
+}
+
 /// Keeps every object of a kind in the answered store; the task runs until it is aborted.
 pub(crate) fn keep<K>(client: Client, changed: impl Fn(&K) + Send + 'static) -> (Store<K>, JoinHandle<()>)
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let watch = watcher::watcher(Api::<K>::all(client), watcher::Config::default())
+    let watch = watch(Api::<K>::all(client))
         .backoff(Backoff::default())
         .modify(|object| {
             // Neither is read here, and together they are most of an object's memory.
@@ -70,8 +92,60 @@ mod tests {
     use std::sync::Mutex;
 
     use k8s_openapi::api::core::v1::ConfigMap;
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+        net::TcpListener,
+    };
 
     use super::*;
+
+    /// An API server without the feature WatchList; answers the queries that came.
+    async fn old_server(listener: TcpListener, queries: Arc<Mutex<Vec<String>>>) {
+        let refusal = r#"{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422,"message":"sendInitialEvents is forbidden"}"#;
+        let list = r#"{"kind":"ConfigMapList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"name":"one"}}]}"#;
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = BufReader::new(stream);
+            let (mut first, mut line) = (String::new(), String::new());
+            stream.read_line(&mut first).await.unwrap();
+            while stream.read_line(&mut line).await.unwrap() > 2 {
+                line.clear();
+            }
+            let (status, body) = match first.contains("sendInitialEvents=true") {
+                true => ("422 Unprocessable Entity", refusal),
+                false => ("200 OK", list),
+            };
+            queries.lock().unwrap().push(first);
+            let length = body.len();
+            let answer = format!(
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+            );
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_streams_no_lists_is_asked_for_pages() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let config = kube::Config::new(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+        let queries = Arc::default();
+        let server = tokio::spawn(old_server(listener, Arc::clone(&queries)));
+        let api = Api::<ConfigMap>::all(Client::try_from(config).unwrap());
+        let mut watch = pin!(watch(api));
+        let mut told = Vec::new();
+        loop {
+            match watch.next().await.unwrap().unwrap() {
+                Event::Init => {}
+                Event::InitApply(object) => told.push(object.name_any()),
+                Event::InitDone => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        server.abort();
+        assert_eq!(told, ["one"]);
+        let queries = queries.lock().unwrap();
+        assert!(queries.len() == 2 && queries[1].contains("limit=500"), "{queries:?}");
+    }
 
     #[tokio::test]
     async fn a_word_is_said_for_what_a_later_list_does_not_have_any_more() {

@@ -20,7 +20,10 @@ use far_core::{
     status::{Condition, ConditionKind, End, EndReason, Report, Stage, Status},
 };
 use far_proto::node::Identity;
-use kube::{ResourceExt, runtime::reflector::ObjectRef};
+use kube::{
+    ResourceExt,
+    runtime::reflector::{ObjectRef, ObjectRefExtra},
+};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
@@ -213,7 +216,7 @@ impl World {
         };
         if may_be_new {
             inner.agents.entry(uid.clone()).or_insert_with(|| Agent {
-                reference: ObjectRef::from_obj(agent),
+                reference: reference_to(agent),
                 node: None,
                 attempt: 0,
                 settled: false,
@@ -725,6 +728,13 @@ fn is_up(status: &Status) -> bool {
 
 fn is_fault_of_blade(reason: &str) -> bool {
     BLADES_FAULTS.iter().any(|fault| fault.as_str() == reason)
+}
+
+/// Without uid and version, which are most of it and tell no agent from another here.
+fn reference_to(agent: &FarAgent) -> ObjectRef<FarAgent> {
+    let mut reference = ObjectRef::from_obj(agent);
+    reference.extra = ObjectRefExtra::default();
+    reference
 }
 
 /// resourceVersion as the number it is in every API server; 0 where it is none.

@@ -47,6 +47,11 @@ mod embedded {
             ("watch", Action::ExpireWatch),
             ("patch", answer(429)),
             ("list", answer(500)),
+            ("update", answer(409)),
+            ("update", answer(500)),
+            ("update", Action::DropAfter),
+            ("update", Action::DropBefore),
+            ("update", answer(429)),
         ] {
             assert!(cluster.api.faults.add(fault(verb, "faragents", action, 3)));
         }
@@ -79,6 +84,35 @@ mod embedded {
             assert_eq!(blade.fake.attempts(uid).len(), 1, "{done}");
         }
         assert_eq!(blade.fake.most_boots(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_blade_hears_of_an_agent_only_once_the_finalizer_holds_it() {
+        let cluster = Cluster::start().await;
+        let blade = FakeBlade::start(&cluster, "b1", capacity(4000, 4096)).await;
+        let refusal = Action::Answer {
+            code: 500,
+            retry_after: None,
+        };
+        assert!(cluster.api.faults.add(fault("patch", "faragents", refusal, u32::MAX)));
+        let free = cluster.create("free", json!({"image": "a"})).await.uid().unwrap();
+        let placed = cluster.wait_phase("free", "Scheduled").await;
+        assert_eq!(
+            (&placed["status"]["nodeName"], &placed["metadata"]["finalizers"]),
+            (&json!("b1"), &json!(null))
+        );
+        cluster.delete("free").await;
+        cluster.wait_gone("free").await;
+        cluster.create("held", json!({"image": "a", "cpu": "4"})).await;
+        let held = cluster.wait_phase("held", "Scheduled").await;
+        cluster.api.faults.clear();
+        let held = held["metadata"]["uid"].as_str().unwrap();
+        until("the blade to have what is held", async || blade.fake.phase(held)).await;
+        assert_eq!(
+            blade.fake.attempts(&free),
+            [0_u32; 0],
+            "its room is free, and no blade heard of it"
+        );
     }
 }
 

@@ -24,7 +24,7 @@ impl Pass<'_> {
             blade: &blade,
             claim: &claim,
         };
-        let written = self.write_intent(status, &fact).await;
+        let written = self.learn(status, &fact).await;
         if written.is_err() {
             self.context.world.give_warm_back(&self.uid);
         }
@@ -33,7 +33,7 @@ impl Pass<'_> {
         self.context
             .events
             .say(&self.agent, EventType::Normal, "Scheduled", &note);
-        Ok(Some(Next::Again))
+        Ok(Some(Self::placed()))
     }
 
     /// Says that an agent with a pool boots all the same.
