@@ -73,14 +73,17 @@ step() {
 
 # Cargo takes for fresh what another clone built, with that clone's paths in it. Our own crates are built anew where the cache is
 # another tree's; what they depend on stays.
+# Called by what builds, before it does.
 take_over_cache() {
-	local mark="$CARGO_TARGET_DIR/tree"
+	local mark="$CARGO_TARGET_DIR/tree" lock
 	[ "$(cat "$mark" 2>/dev/null)" != "$PWD" ] || return 0
-	rm -rf "$CARGO_TARGET_DIR"/{*,*/*}/.fingerprint/{far,tiffany}-*
+	for lock in "$CARGO_TARGET_DIR"/{*,*/*}/.cargo-lock; do
+		# Cargo's own lock: not under the hands of a build.
+		[ ! -e "$lock" ] || flock "$lock" rm -rf "${lock%/*}"/.fingerprint/{far,tiffany}-*
+	done
 	mkdir -p "$CARGO_TARGET_DIR"
 	printf '%s\n' "$PWD" >"$mark"
 }
-take_over_cache
 
 # Whether the version $1 is at least $2.
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }

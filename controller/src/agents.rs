@@ -6,8 +6,10 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    future::poll_fn,
     pin::pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -54,10 +56,11 @@ pub(crate) async fn run(
     let mut passes = FuturesUnordered::new();
     let mut listed = HashSet::new();
     loop {
-        // Who waits for a turn to write holds up nobody who waits for a blade.
+        // Who waits for a turn to write holds up nobody who waits for a blade. Looked at again when one more waits.
         let at_most = usize::from(concurrency) + context.turns.waiting().min(MAX_WAITING);
         tokio::select! {
             () = stop.cancelled() => break,
+            () = context.turns.somebody_waits() => {}
             Some(event) = watch.next() => match event {
                 Ok(Event::Init) => listed.clear(),
                 Ok(Event::InitApply(Watched(agent))) => {
@@ -91,7 +94,18 @@ pub(crate) async fn run(
             }
         }
     }
-    while passes.next().await.is_some() {}
+    // What waits for its turn is left to the next leader.
+    context.turns.close();
+    let ends = poll_fn(|task| {
+        loop {
+            match passes.poll_next_unpin(task) {
+                Poll::Ready(Some(_)) => {}
+                Poll::Pending if passes.len() > context.turns.waiting() => return Poll::Pending,
+                Poll::Ready(None) | Poll::Pending => return Poll::Ready(()),
+            }
+        }
+    });
+    ends.await;
 }
 
 /// The watch tells of an agent.

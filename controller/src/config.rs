@@ -81,7 +81,7 @@ pub struct Config {
     /// Seconds between the first and the second try of a FarTask; doubled with each further one, at most 360.
     #[arg(long, default_value = "10", value_parser = seconds)]
     pub task_backoff: Duration,
-    /// Agents worked on at the same time.
+    /// Agents worked on at the same time, beside those that wait for their turn to write.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub concurrency: u16,
     /// Which of the blades that will do is better: spread (the emptiest) or binpack (the fullest).

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -47,11 +47,13 @@ pub(crate) struct Events {
 pub(crate) struct Writer {
     client: Client,
     waiting: mpsc::Receiver<Event>,
-    turns: Arc<Turns>,
+    /// Their own, so that they neither wait behind statuses nor hold them up.
+    turns: Turns,
 }
 
 /// The two ends.
-pub(crate) fn events(client: Client, turns: Arc<Turns>) -> (Events, Writer) {
+pub(crate) fn events(client: Client) -> (Events, Writer) {
+    let turns = Turns::default();
     let (sender, waiting) = mpsc::channel(MAX_WAITING);
     let events = Events {
         waiting: sender,

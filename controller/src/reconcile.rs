@@ -2,7 +2,7 @@
 //! costs one recheck, and a failed act is tried again.
 //!
 //! Invariant: the intent (blade, attempt) is written with resourceVersion, and then the finalizer, before a blade is called.
-//! Whoever is deleted in between is gone at once, and no blade has heard of it.
+//! Whoever is deleted, or has to leave, in between is let go at once, and no blade has heard of it.
 
 mod claim;
 mod ends;
@@ -61,7 +61,7 @@ pub(crate) struct Context {
     /// From the first failure of an agent until its next attempt.
     pub(crate) first_delay: Duration,
     pub(crate) pace: Pace,
-    pub(crate) turns: Arc<Turns>,
+    pub(crate) turns: Turns,
 }
 
 /// Why a pass failed.
@@ -246,6 +246,12 @@ impl Pass<'_> {
             Decision::DeclareSuspended => self.learn(status, &Fact::Suspended).await,
             Decision::DeclareDeadline => self.learn(status, &Fact::DeadlinePassed).await,
             Decision::WaitUntil(at) => Ok(Self::at(at)),
+            // No blade has heard of it, and the write is guarded against a finalizer that comes in between.
+            Decision::Evict if !seen.held && report.is_none() => {
+                let blade = status.node.clone().unwrap_or_default();
+                let message = format!("taken back before blade {blade} heard of it");
+                self.place_anew(status, &blade, &message).await
+            }
             Decision::Evict => self.evict(status).await,
             Decision::Sleep => self.sleep(status).await,
             Decision::Wake => self.wake(status).await,
@@ -324,10 +330,9 @@ impl Pass<'_> {
     async fn hold(&mut self) -> Result<(), ReconcileError> {
         let hold = status_writer::hold(&self.context.client, &self.agent, true);
         let held = self.context.turns.take(hold).await;
-        if let Some(agent) = held.map_err(|source| self.api_error("adding the finalizer", source))? {
-            self.context.world.observe(&agent, Teller::Write);
-            self.agent = Arc::new(agent);
-        }
+        let agent = held.map_err(|source| self.api_error("adding the finalizer", source))?;
+        self.context.world.observe(&agent, Teller::Write);
+        self.agent = Arc::new(agent);
         Ok(())
     }
 
@@ -450,10 +455,14 @@ impl Pass<'_> {
         let body = convert::status_to_api(&next, self.agent.status.as_ref(), generation, Timestamp::now());
         self.context.pace.count();
         let write = status_writer::write(&self.context.client, &self.agent, &body);
-        let written = match fact {
+        let is_choice = matches!(fact, Fact::Placed { .. } | Fact::Claiming { .. });
+        let leaves = next.is_final() || next.node.is_none();
+        let gives_room = status.node.is_some() && (leaves || (next.is_booted() && !status.is_booted()));
+        let written = if is_choice || (gives_room && self.context.world.is_waited_for()) {
             // Somebody waits for these: they wait for nobody.
-            Fact::Placed { .. } | Fact::Claiming { .. } => write.await,
-            _ => self.context.turns.take(write).await,
+            write.await
+        } else {
+            self.context.turns.take(write).await
         };
         let agent = Arc::new(written.map_err(|source| self.api_error("writing the status", source))?);
         self.context.world.observe(&agent, Teller::Write);
@@ -548,8 +557,12 @@ impl Pass<'_> {
 
     async fn release(&mut self) -> Result<Next, ReconcileError> {
         let release = status_writer::hold(&self.context.client, &self.agent, false);
-        let released = self.context.turns.take(release).await;
-        released.map_err(|source| self.api_error("removing the finalizer", source))?;
+        match self.context.turns.take(release).await {
+            Ok(_) => {}
+            // It is gone, as it was to be.
+            Err(kube::Error::Api(error)) if error.code == 404 => {}
+            Err(source) => return Err(self.api_error("removing the finalizer", source)),
+        }
         Ok(Next::Rest(Action::await_change()))
     }
 

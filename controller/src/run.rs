@@ -6,11 +6,13 @@ use anyhow::{Context as _, Result, bail};
 use far_proto::controller::blades_server::BladesServer;
 use kube::{
     Client,
+    client::{Body, ClientBuilder},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::{net::TcpListener, sync::Mutex, task::JoinSet, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::transport::Server;
+use tower::util::MapRequestLayer;
 
 use crate::{
     Config, agents,
@@ -30,6 +32,7 @@ use crate::{
     tasks::Tasks,
     tokens::{self, Revocations, Tokens},
     turns::Turns,
+    watching,
     world::World,
 };
 
@@ -255,7 +258,10 @@ async fn connect(config: &Config) -> Result<Client> {
             .await
             .context("no kubeconfig was given, and none was found")?,
     };
-    Client::try_from(kube_config).context("preparing the Kubernetes client")
+    let client = ClientBuilder::try_from(kube_config).context("preparing the Kubernetes client")?;
+    Ok(client
+        .with_layer(&MapRequestLayer::new(watching::consistently::<Body>))
+        .build())
 }
 
 #[allow(clippy::too_many_arguments)] // Each is a part that exists once.
@@ -323,8 +329,7 @@ fn work(
         certificate_pem: own.certificate_pem,
         key_pem: own.key_pem,
     });
-    let turns = Arc::<Turns>::default();
-    let (events, writer) = events::events(client.clone(), turns.clone());
+    let (events, writer) = events::events(client.clone());
     let events = Arc::new(events);
     tasks.spawn({
         let stop = stop.clone();
@@ -380,7 +385,7 @@ fn work(
         nodes_known: nodes_known.clone(),
         first_delay: config.retry_after,
         pace: Pace::default(),
-        turns,
+        turns: Turns::default(),
     });
     let works = Works {
         world: world.clone(),

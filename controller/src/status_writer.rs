@@ -78,8 +78,8 @@ where
     api.patch_status(name, &params, &Patch::Merge(body)).await
 }
 
-/// Adds or removes our finalizer. Removing where the agent is gone is success.
-pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Result<Option<FarAgent>, kube::Error> {
+/// Adds or removes our finalizer.
+pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Result<FarAgent, kube::Error> {
     let mut finalizers: Vec<&str> = agent
         .finalizers()
         .iter()
@@ -99,19 +99,11 @@ pub(crate) async fn hold(client: &Client, agent: &FarAgent, held: bool) -> Resul
     let finalizers = finalizers.into_iter().map(str::to_owned).collect();
     let path = FarAgent::url_path(&(), agent.metadata.namespace.as_deref());
     let request = Request::new(path).patch(&agent.name_any(), &params, &Patch::Merge(body));
-    match client
-        .request::<Answer>(request.map_err(kube::Error::BuildRequest)?)
-        .await
-    {
-        Ok(answer) => {
-            let mut written = agent.clone();
-            written.metadata.resource_version = answer.metadata.resource_version;
-            written.metadata.finalizers = Some(finalizers);
-            Ok(Some(written))
-        }
-        Err(kube::Error::Api(error)) if error.code == 404 && !held => Ok(None),
-        Err(error) => Err(error),
-    }
+    let answer: Answer = client.request(request.map_err(kube::Error::BuildRequest)?).await?;
+    let mut written = agent.clone();
+    written.metadata.resource_version = answer.metadata.resource_version;
+    written.metadata.finalizers = Some(finalizers);
+    Ok(written)
 }
 
 /// RFC 7386 patch that turns `old` into `new`; lists are replaced as a whole.

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use far_api::{FarAgent, POOL_LABEL, StartPolicy};
+use far_api::{FINALIZER, FarAgent, POOL_LABEL, StartPolicy};
 use far_core::status::{Claim, Status};
 use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
@@ -114,6 +114,11 @@ struct Claimant {
     counted: bool,
 }
 
+/// Whether the agent goes, and does not wait for us to end anything.
+pub(crate) fn is_let_go(agent: &FarAgent) -> bool {
+    agent.metadata.deletion_timestamp.is_some() && !agent.finalizers().iter().any(|one| one == FINALIZER)
+}
+
 /// The pool that made an agent: its key and uid.
 pub(crate) fn pool_of(agent: &FarAgent) -> Option<(PoolKey, String)> {
     if agent.spec.start_policy != StartPolicy::OnClaim {
@@ -132,7 +137,8 @@ impl Stock {
     pub(crate) fn observe(&mut self, agent: &FarAgent, status: &Status) -> Option<PoolKey> {
         let uid = agent.uid()?;
         let claimed = status.claimed.as_ref().map(|claim| claim.uid.clone());
-        if let Some(warm) = claimed.filter(|_| !status.is_final()) {
+        let never_runs = is_let_go(agent) && !status.has_begun();
+        if let Some(warm) = claimed.filter(|_| !status.is_final() && !never_runs) {
             self.promise(&uid, warm);
         } else if status.node.is_some() || status.is_final() {
             // Placed otherwise, or over.

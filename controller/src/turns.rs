@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 const FEWEST: f64 = 1.0;
 const FIRST: f64 = 4.0;
@@ -64,6 +64,10 @@ impl Limit {
         // Those that were under way at the last cut say nothing about what it did.
         let is_news = self.cut_at.is_none_or(|at| now.duration_since(at) >= took);
         if is_late && is_news {
+            if self.limit <= FEWEST {
+                // One at a time is not late because of us: that is what the server takes now.
+                self.quickest = took;
+            }
             self.limit = (self.limit * CUT).max(FEWEST);
             self.cut_at = Some(now);
         } else if !is_late && in_demand {
@@ -85,6 +89,7 @@ pub(crate) struct Turns {
     state: Mutex<State>,
     free: Semaphore,
     waiting: AtomicUsize,
+    came: Notify,
 }
 
 /// Counted also where the wait is given up.
@@ -117,6 +122,7 @@ impl Default for Turns {
             state: Mutex::new(State { limit, places }),
             free: Semaphore::new(places),
             waiting: AtomicUsize::new(0),
+            came: Notify::new(),
         }
     }
 }
@@ -127,7 +133,17 @@ impl Turns {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// Waits for a turn, and writes.
+    /// Waits until somebody more waits than at the last call. For one caller.
+    pub(crate) async fn somebody_waits(&self) {
+        self.came.notified().await;
+    }
+
+    /// From now on nobody gets a turn: who waits, waits until it is dropped.
+    pub(crate) fn close(&self) {
+        self.free.close();
+    }
+
+    /// Waits for a turn, and writes. Only what is `Ok` tells how quick the server is.
     pub(crate) async fn take<T, E>(&self, write: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let mut place = self.enter().await;
         let since = Instant::now();
@@ -143,15 +159,23 @@ impl Turns {
     }
 
     async fn enter(&self) -> Place<'_> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        // An error says that it was closed, which nobody does.
-        if let Ok(permit) = self.free.acquire().await {
-            permit.forget();
+        match self.free.try_acquire() {
+            Ok(permit) => permit.forget(),
+            Err(_) => self.wait().await,
         }
         Place {
             turns: self,
             took: None,
+        }
+    }
+
+    async fn wait(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&self.waiting);
+        self.came.notify_one();
+        match self.free.acquire().await {
+            Ok(permit) => permit.forget(),
+            Err(_) => std::future::pending().await,
         }
     }
 
@@ -197,7 +221,7 @@ mod tests {
             "three times the quickest and 2 ms is not late"
         );
         assert_eq!(learn(&mut limit, 12 * MS, true), 3);
-        for _ in 0..100 {
+        for _ in 0..4 {
             learn(&mut limit, 50 * MS, true);
         }
         assert_eq!(limit.get(), 1);
@@ -205,6 +229,17 @@ mod tests {
             learn(&mut limit, 3 * MS, true);
         }
         assert_eq!(limit.get(), 64);
+    }
+
+    #[test]
+    fn a_server_that_others_made_slow_is_found_out_with_one_write_at_a_time() {
+        let start = Instant::now();
+        let mut limit = Limit::new(start);
+        limit.learn(2 * MS, true, start + MS);
+        for round in 1..100 {
+            limit.learn(9 * MS, true, start + round * 10 * MS);
+        }
+        assert!(limit.get() > 4, "{limit:?}");
     }
 
     #[test]
@@ -253,11 +288,17 @@ mod tests {
             assert!(one.await.unwrap_err().is_cancelled());
         }
         // Whoever gives up leaves nothing behind.
-        let sleep = async |time| Ok::<_, ()>(tokio::time::sleep(time).await);
+        let sleep = async |time| {
+            tokio::time::sleep(time).await;
+            Ok::<_, ()>(())
+        };
         for _ in 0..100 {
             let _ = tokio::time::timeout(MS, turns.take(sleep(5 * MS))).await;
         }
         assert_eq!(turns.waiting(), 0);
         assert_eq!(turns.take(async { Ok::<_, ()>(8) }).await, Ok(8));
+        turns.close();
+        let late = tokio::time::timeout(60 * HANGS, turns.take(async { Ok::<_, ()>(9) })).await;
+        assert!(late.is_err(), "nobody gets a turn any more");
     }
 }

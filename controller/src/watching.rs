@@ -16,12 +16,29 @@ use tokio::task::JoinHandle;
 
 use crate::backoff::Backoff;
 
+/// Asks for a list that is streamed as kube's watcher does not: with all that was written before the question (meta/v1
+/// ListOptions: sendInitialEvents with resourceVersion unset). With "0" a server may answer from a cache that lags, and an agent that
+/// its blade runs already would not be in the list.
+pub(crate) fn consistently<B>(mut request: http::Request<B>) -> http::Request<B> {
+    let query = request.uri().query().unwrap_or_default();
+    if query.split('&').any(|pair| pair == "sendInitialEvents=true") {
+        let pairs: Vec<&str> = query.split('&').filter(|pair| *pair != "resourceVersion=0").collect();
+        let target = [request.uri().path(), "?", &pairs.join("&")].concat();
+        let mut parts = request.uri().clone().into_parts();
+        parts.path_and_query = target.parse().ok();
+        if let Ok(uri) = http::Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}
+
 /// HTTP codes of an API server that does not know or does not want a parameter.
 const UNWANTED: [u16; 2] = [400, 422];
 
 /// Tells of every object of a kind, and then of what becomes of them.
 ///
-/// The list comes as a stream, which the server writes while it is read. A server that does not offer that (feature WatchList,
+/// The list comes as a stream, which the server writes while it is read; the client has to ask [`consistently`]. A server that does not offer that (feature WatchList,
 /// off by default in Kubernetes 1.33) is asked for pages.
 pub(crate) fn watch<K>(api: Api<K>) -> impl Stream<Item = Result<Event<K>, watcher::Error>> + Send
 where
@@ -121,6 +138,33 @@ mod tests {
                 "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
             );
             stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_streamed_list_is_as_new_as_the_question_and_nothing_else_is_asked_otherwise() {
+        let asked = |uri: &str| {
+            consistently(http::Request::get(uri).body(()).unwrap())
+                .uri()
+                .to_string()
+        };
+        for (uri, expected) in [
+            (
+                "/apis/g/v1/k?watch=true&resourceVersion=0&sendInitialEvents=true&resourceVersionMatch=NotOlderThan",
+                "/apis/g/v1/k?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan",
+            ),
+            (
+                "https://h:6443/k?sendInitialEvents=true&resourceVersion=0",
+                "https://h:6443/k?sendInitialEvents=true",
+            ),
+            ("/k?watch=true&resourceVersion=0", "/k?watch=true&resourceVersion=0"),
+            (
+                "/k?sendInitialEvents=true&resourceVersion=07",
+                "/k?sendInitialEvents=true&resourceVersion=07",
+            ),
+            ("/k", "/k"),
+        ] {
+            assert_eq!(asked(uri), expected);
         }
     }
 

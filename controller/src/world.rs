@@ -17,7 +17,7 @@ use far_core::{
     eviction::Patience,
     lifecycle::BladeView,
     placement::{Blade, Packing, Request, Scheduler, Unschedulable},
-    status::{Condition, ConditionKind, End, EndReason, Report, Stage, Status},
+    status::{End, EndReason, Report, Stage, Status},
 };
 use far_proto::node::Identity;
 use kube::{
@@ -30,7 +30,7 @@ use tonic::transport::Channel;
 use crate::{
     convert,
     dirty::Dirty,
-    stock::{PoolKey, Stock},
+    stock::{PoolKey, Stock, is_let_go},
     tries::{QueueKey, Tries},
     work::Work,
 };
@@ -271,14 +271,16 @@ impl World {
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
-        if status.is_final() {
+        // Let go before a blade heard of it, and kept by others: nothing will run.
+        let never_runs = is_let_go(agent) && !status.has_begun();
+        if status.is_final() || never_runs {
             let is_news = self.release_locked(&mut inner, &uid);
             if is_news && status.reason.as_deref().is_some_and(is_fault_of_blade) {
                 inner.scheduler.note_failure(node, self.now());
             }
         } else if let Ok(request) = convert::request(agent) {
             inner.scheduler.reserve(&uid, node, &request, self.now());
-            if is_up(&status) {
+            if status.is_booted() {
                 inner.scheduler.confirm(&uid, self.now());
             }
             self.tell_woken(&mut inner);
@@ -357,6 +359,11 @@ impl World {
     pub(crate) fn until_next_search(&self) -> Duration {
         let waiting = u32::try_from(self.lock().scheduler.waiting()).unwrap_or(u32::MAX);
         SEARCH_EVERY.saturating_mul(waiting).clamp(SEARCHES.0, SEARCHES.1)
+    }
+
+    /// Whether an agent stands in line for room.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.lock().scheduler.waiting() > 0
     }
 
     /// A blade that only has to be connected to may take an agent in a moment: then nothing is said about it yet.
@@ -718,12 +725,6 @@ fn without_texts(report: Report) -> Report {
         message: String::new(),
         ..report
     }
-}
-
-/// Whether the microVM is no longer on its way up.
-fn is_up(status: &Status) -> bool {
-    let is_booted = |one: &Condition| one.kind == ConditionKind::Booted && one.holds;
-    status.conditions.iter().any(is_booted)
 }
 
 fn is_fault_of_blade(reason: &str) -> bool {

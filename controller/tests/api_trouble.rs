@@ -6,7 +6,7 @@ use far_proto::node::EndReason;
 use futures::{StreamExt, TryStreamExt};
 use kube::{
     ResourceExt,
-    api::{WatchEvent, WatchParams},
+    api::{Patch, WatchEvent, WatchParams},
 };
 use serde_json::json;
 use support::{
@@ -105,9 +105,19 @@ mod embedded {
         cluster.wait_gone("free").await;
         cluster.create("held", json!({"image": "a", "cpu": "4"})).await;
         let held = cluster.wait_phase("held", "Scheduled").await;
-        cluster.api.faults.clear();
         let held = held["metadata"]["uid"].as_str().unwrap();
+        let drain = async |policy| {
+            let patch = Patch::Merge(json!({"spec": {"drain": policy}}));
+            cluster.nodes().patch("b1", &Default::default(), &patch).await.unwrap();
+        };
+        drain(json!({"policy": "Evict"})).await;
+        cluster.wait_phase("held", "Pending").await;
+        drain(json!(null)).await;
+        cluster.wait_phase("held", "Scheduled").await;
+        cluster.api.faults.clear();
         until("the blade to have what is held", async || blade.fake.phase(held)).await;
+        let attempts = blade.fake.attempts(held);
+        assert_eq!(attempts, [2], "no blade heard of the one that was taken back");
         assert_eq!(
             blade.fake.attempts(&free),
             [0_u32; 0],

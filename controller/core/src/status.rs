@@ -377,6 +377,12 @@ impl Status {
             .is_some_and(|one| one.holds || one.reason == PREPARING)
     }
 
+    /// The microVM is up: it is no longer one of the blade's starts.
+    #[must_use]
+    pub fn is_booted(&self) -> bool {
+        self.condition(ConditionKind::Booted).is_some_and(|one| one.holds)
+    }
+
     /// Completed or Failed.
     #[must_use]
     pub fn is_final(&self) -> bool {

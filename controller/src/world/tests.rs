@@ -69,6 +69,22 @@ fn a_placement_that_could_not_be_written_wakes_nobody_least_of_all_its_own_agent
 }
 
 #[test]
+fn an_agent_that_goes_before_a_blade_heard_of_it_holds_no_room_for_as_long_as_others_keep_it() {
+    let world = World::new(1, Packing::Spread, LONG, LONG);
+    world.observe_node(&node("b1"));
+    world.synced("b1", &HashSet::new());
+    let mut one = agent("one", json!({"phase": "Scheduled", "nodeName": "b1", "attempt": 1}));
+    let other = agent("other", Value::Null);
+    world.observe(&one, Teller::Watch);
+    world.observe(&other, Teller::Watch);
+    assert!(place(&world, &other).is_err());
+    one.metadata.finalizers = Some(vec!["others/keep-it".into()]);
+    one.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+    world.observe(&one, Teller::Watch);
+    assert_eq!(place(&world, &other).unwrap(), "b1");
+}
+
+#[test]
 fn room_that_comes_free_goes_to_the_most_important_of_those_who_wait_and_wakes_only_it() {
     let world = World::new(1, Packing::Spread, LONG, LONG);
     world.observe_node(&node("b1"));

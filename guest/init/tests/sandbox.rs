@@ -447,6 +447,26 @@ fn a_host_that_promised_answers_and_gives_none_is_left_and_dialled_again() {
     guest.ends_well();
 }
 
+/// Its output fills what may wait to be sent, so that not even a heartbeat gets out.
+#[test]
+fn a_host_that_stops_reading_is_left_also_where_output_waits() {
+    let test = "a_host_that_stops_reading_is_left_also_where_output_waits";
+    let Some(mut guest) = sandbox(test, &["flood=4000000", "exit=6"]) else {
+        return;
+    };
+    guest.blade.window = 1 << 20;
+    guest.blade.heartbeat_ms = 3_000;
+    guest.blade.answers_heartbeats = true;
+    guest.start();
+    let deaf = guest.blade.accept().unwrap();
+    let mut connection = guest.blade.accept().unwrap();
+    drop(deaf);
+    let exit = guest.blade.until_exit(&mut connection).unwrap();
+    assert_eq!(exit.how, Some(How::Code(6)));
+    connection.send(ToGuest::ExitAck(ExitAck {})).unwrap();
+    guest.ends_well();
+}
+
 #[test]
 fn names_limits_and_privileges_are_as_the_configuration_says() {
     let args = [

@@ -75,7 +75,7 @@ struct Up {
     decoder: Decoder,
     out: Queue,
     welcome_by: Option<Instant>,
-    /// Since when a heartbeat waits for its answer.
+    /// Since when a heartbeat waits for its answer, or for room to be sent.
     asked_at: Option<Instant>,
     /// How long a blade that answers heartbeats may leave one without an answer; `None`: for ever.
     silence: Option<Duration>,
@@ -222,7 +222,7 @@ impl Link {
         }
     }
 
-    /// A heartbeat was sent. Only from then on silence means anything: PID 1 itself may have been busy until now.
+    /// A heartbeat is on its way. Only from then on silence means anything: PID 1 itself may have been busy until now.
     pub(crate) fn asked(&mut self, now: Instant) {
         if let State::Up(up) = &mut self.state {
             up.asked_at.get_or_insert(now);
@@ -273,7 +273,12 @@ impl Link {
             match up.out.write_to(&up.fd) {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => break,
+                Err(Errno::EAGAIN) => {
+                    if up.out.len() >= OUT_LIMIT {
+                        up.asked_at.get_or_insert_with(Instant::now);
+                    }
+                    break;
+                }
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }

@@ -39,6 +39,7 @@ pub struct Blade {
     pub sealed: Vec<String>,
     pub window: u32,
     pub heartbeat_ms: u32,
+    pub answers_heartbeats: bool,
     pub hellos: Vec<Hello>,
     pub ready: Option<Ready>,
     pub heartbeats: u64,
@@ -81,6 +82,7 @@ impl Blade {
             sealed: vec![],
             window: 64 << 10,
             heartbeat_ms: 0,
+            answers_heartbeats: false,
             hellos: vec![],
             ready: None,
             heartbeats: 0,
@@ -103,7 +105,7 @@ impl Blade {
             stored_stderr_seq: self.stored[1].1,
             log_window_bytes: self.window,
             heartbeat_interval_ms: self.heartbeat_ms,
-            answers_heartbeats: false,
+            answers_heartbeats: self.answers_heartbeats,
         })];
         if self.hellos.last().unwrap().stage() == Stage::WaitingForConfig {
             words.extend(self.configuration());
