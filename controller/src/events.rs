@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -47,13 +47,11 @@ pub(crate) struct Events {
 pub(crate) struct Writer {
     client: Client,
     waiting: mpsc::Receiver<Event>,
-    /// Their own, so that they neither wait behind statuses nor hold them up.
-    turns: Turns,
+    turns: Arc<Turns>,
 }
 
 /// The two ends.
-pub(crate) fn events(client: Client) -> (Events, Writer) {
-    let turns = Turns::default();
+pub(crate) fn events(client: Client, turns: Arc<Turns>) -> (Events, Writer) {
     let (sender, waiting) = mpsc::channel(MAX_WAITING);
     let events = Events {
         waiting: sender,
@@ -149,7 +147,7 @@ async fn write(client: &Client, turns: &Turns, event: Event) {
             .map_err(|late| late.to_string())?
             .map_err(|error| error.to_string())
     };
-    if let Err(error) = turns.take(create).await {
+    if let Err(error) = turns.take_to_the_end(create).await {
         let about = event.regarding.as_ref().and_then(|about| about.name.as_deref());
         tracing::warn!(about, reason = event.reason, error, "an event was not written");
     }

@@ -61,7 +61,7 @@ pub(crate) struct Context {
     /// From the first failure of an agent until its next attempt.
     pub(crate) first_delay: Duration,
     pub(crate) pace: Pace,
-    pub(crate) turns: Turns,
+    pub(crate) turns: Arc<Turns>,
 }
 
 /// Why a pass failed.

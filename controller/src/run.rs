@@ -329,7 +329,8 @@ fn work(
         certificate_pem: own.certificate_pem,
         key_pem: own.key_pem,
     });
-    let (events, writer) = events::events(client.clone());
+    let turns = Arc::<Turns>::default();
+    let (events, writer) = events::events(client.clone(), turns.clone());
     let events = Arc::new(events);
     tasks.spawn({
         let stop = stop.clone();
@@ -385,7 +386,7 @@ fn work(
         nodes_known: nodes_known.clone(),
         first_delay: config.retry_after,
         pace: Pace::default(),
-        turns: Turns::default(),
+        turns,
     });
     let works = Works {
         world: world.clone(),

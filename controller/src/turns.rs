@@ -15,6 +15,7 @@ use std::{
 };
 
 use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 const FEWEST: f64 = 1.0;
 const FIRST: f64 = 4.0;
@@ -87,6 +88,7 @@ pub(crate) struct Turns {
     free: Semaphore,
     waiting: AtomicUsize,
     came: Notify,
+    closed: CancellationToken,
 }
 
 /// Counted also where the wait is given up.
@@ -120,6 +122,7 @@ impl Default for Turns {
             free: Semaphore::new(places),
             waiting: AtomicUsize::new(0),
             came: Notify::new(),
+            closed: CancellationToken::new(),
         }
     }
 }
@@ -135,14 +138,31 @@ impl Turns {
         self.came.notified().await;
     }
 
-    /// From now on nobody gets a turn: who waits, waits until it is dropped.
+    /// From now on [`Self::take`] gives no turn: who waits, waits until it is dropped.
     pub(crate) fn close(&self) {
-        self.free.close();
+        self.closed.cancel();
     }
 
     /// Waits for a turn, and writes. Only what is `Ok` tells how quick the server is.
     pub(crate) async fn take<T, E>(&self, write: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-        let mut place = self.enter().await;
+        let place = tokio::select! {
+            biased;
+            () = self.closed.cancelled() => {
+                self.waiting.fetch_add(1, Ordering::Relaxed);
+                let _waiting = Waiting(&self.waiting);
+                std::future::pending().await
+            }
+            place = self.enter() => place,
+        };
+        Self::write(place, write).await
+    }
+
+    /// The same for last words: also after [`Self::close`].
+    pub(crate) async fn take_to_the_end<T, E>(&self, write: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        Self::write(self.enter().await, write).await
+    }
+
+    async fn write<T, E>(mut place: Place<'_>, write: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let since = Instant::now();
         let mut write = pin!(write);
         let written = tokio::time::timeout(HANGS, &mut write).await;
@@ -170,9 +190,9 @@ impl Turns {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = Waiting(&self.waiting);
         self.came.notify_one();
-        match self.free.acquire().await {
-            Ok(permit) => permit.forget(),
-            Err(_) => std::future::pending().await,
+        // An error says that it was closed, which nobody does.
+        if let Ok(permit) = self.free.acquire().await {
+            permit.forget();
         }
     }
 
@@ -301,5 +321,6 @@ mod tests {
         turns.close();
         let late = tokio::time::timeout(60 * HANGS, turns.take(async { Ok::<_, ()>(9) })).await;
         assert!(late.is_err(), "nobody gets a turn any more");
+        assert_eq!(turns.take_to_the_end(async { Ok::<_, ()>(10) }).await, Ok(10));
     }
 }
