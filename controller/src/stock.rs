@@ -114,9 +114,10 @@ struct Claimant {
     counted: bool,
 }
 
-/// Whether the agent goes, and does not wait for us to end anything.
-pub(crate) fn is_let_go(agent: &FarAgent) -> bool {
-    agent.metadata.deletion_timestamp.is_some() && !agent.finalizers().iter().any(|one| one == FINALIZER)
+/// Whether the agent goes before a blade heard of it, although others keep its object: nothing will run.
+pub(crate) fn never_runs(agent: &FarAgent, status: &Status) -> bool {
+    let is_held = agent.finalizers().iter().any(|one| one == FINALIZER);
+    agent.metadata.deletion_timestamp.is_some() && !is_held && !status.has_begun()
 }
 
 /// The pool that made an agent: its key and uid.
@@ -137,8 +138,7 @@ impl Stock {
     pub(crate) fn observe(&mut self, agent: &FarAgent, status: &Status) -> Option<PoolKey> {
         let uid = agent.uid()?;
         let claimed = status.claimed.as_ref().map(|claim| claim.uid.clone());
-        let never_runs = is_let_go(agent) && !status.has_begun();
-        if let Some(warm) = claimed.filter(|_| !status.is_final() && !never_runs) {
+        if let Some(warm) = claimed.filter(|_| !status.is_final() && !never_runs(agent, status)) {
             self.promise(&uid, warm);
         } else if status.node.is_some() || status.is_final() {
             // Placed otherwise, or over.

@@ -94,6 +94,13 @@ pub(crate) struct Turns {
 /// Counted also where the wait is given up.
 struct Waiting<'a>(&'a AtomicUsize);
 
+impl<'a> Waiting<'a> {
+    fn count(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
@@ -148,8 +155,7 @@ impl Turns {
         let place = tokio::select! {
             biased;
             () = self.closed.cancelled() => {
-                self.waiting.fetch_add(1, Ordering::Relaxed);
-                let _waiting = Waiting(&self.waiting);
+                let _waiting = Waiting::count(&self.waiting);
                 std::future::pending().await
             }
             place = self.enter() => place,
@@ -187,8 +193,7 @@ impl Turns {
     }
 
     async fn wait(&self) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
+        let _waiting = Waiting::count(&self.waiting);
         self.came.notify_one();
         // An error says that it was closed, which nobody does.
         if let Ok(permit) = self.free.acquire().await {

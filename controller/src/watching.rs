@@ -14,7 +14,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 
-use crate::backoff::Backoff;
+use crate::{backoff::Backoff, watched::LAST_APPLIED};
 
 /// Asks for a list that is streamed as kube's watcher does not: with all that was written before the question (meta/v1
 /// ListOptions: sendInitialEvents with resourceVersion unset). With "0" a server may answer from a cache that lags, and an agent that
@@ -38,8 +38,8 @@ const UNWANTED: [u16; 2] = [400, 422];
 
 /// Tells of every object of a kind, and then of what becomes of them.
 ///
-/// The list comes as a stream, which the server writes while it is read; the client has to ask [`consistently`]. A server that does not offer that (feature WatchList,
-/// off by default in Kubernetes 1.33) is asked for pages.
+/// The list comes as a stream, which the server writes while it is read; the client has to ask [`consistently`]. A server that does
+/// not offer that (feature WatchList, off by default in Kubernetes 1.33) is asked for pages.
 pub(crate) fn watch<K>(api: Api<K>) -> impl Stream<Item = Result<Event<K>, watcher::Error>> + Send
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
@@ -66,9 +66,7 @@ where
         .modify(|object| {
             // Neither is read here, and together they are most of an object's memory.
             object.meta_mut().managed_fields = None;
-            object
-                .annotations_mut()
-                .remove("kubectl.kubernetes.io/last-applied-configuration");
+            object.annotations_mut().remove(LAST_APPLIED);
         });
     (reader.clone(), tokio::spawn(follow(watch, reader, writer, changed)))
 }

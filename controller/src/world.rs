@@ -30,7 +30,7 @@ use tonic::transport::Channel;
 use crate::{
     convert,
     dirty::Dirty,
-    stock::{PoolKey, Stock, is_let_go},
+    stock::{PoolKey, Stock, never_runs},
     tries::{QueueKey, Tries},
     work::Work,
 };
@@ -271,10 +271,8 @@ impl World {
             return;
         };
         inner.on_blade.entry(node.clone()).or_default().insert(uid.clone());
-        // Let go before a blade heard of it, and kept by others: nothing will run.
-        let never_runs = is_let_go(agent) && !status.has_begun();
-        if status.is_final() || never_runs {
-            let is_news = self.release_locked(&mut inner, &uid);
+        if status.is_final() || never_runs(agent, &status) {
+            let is_news = self.release_locked(&mut inner, &uid) && status.is_final();
             if is_news && status.reason.as_deref().is_some_and(is_fault_of_blade) {
                 inner.scheduler.note_failure(node, self.now());
             }
